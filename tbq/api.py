@@ -1,0 +1,173 @@
+"""`quantize` and `dequantize`: the only validation and the only large allocation of the codec."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from tbq.errors import InputError
+from tbq.format import Format
+from tbq.formats import get_format
+
+# Values per unit of work: large enough to hide the call, small enough to stay in cache.
+CHUNK_VALUES = 1 << 17
+
+
+def quantize(
+    x: np.ndarray,
+    fmt: str | Format,
+    *,
+    first_block: int = 0,
+    out: np.ndarray | None = None,
+    threads: int | None = None,
+) -> np.ndarray:
+    """Quantise rows of floats into packed blocks, byte for byte as the dialect's C code does.
+
+    Args:
+        x: real floating array (..., n); the last axis is a row and n a multiple of the format's
+            block. float16, bfloat16, float64 and longdouble are rounded to float32 first. Any
+            strides and byte order. NaN and infinities give what the C code gives.
+        fmt: a Format, a key such as "pr21089:tbq3_0", a bare name or an alias.
+        first_block: where the block index starts, for formats whose index runs on through the
+            tensor (`block_index == "tensor"`); 0 for all others.
+        out: C-contiguous uint8 array (..., row_bytes) to write into.
+        threads: worker threads; None uses all available cores. Never changes a byte.
+
+    Returns:
+        uint8 array (..., row_bytes), `out` if that was given.
+
+    Raises:
+        UnknownFormatError, AmbiguousTypeError: `fmt` names no format, or several.
+        InputError: wrong dtype, row length or `out`; a finite value beyond float32.
+
+    >>> import numpy as np
+    >>> quantize(np.zeros((2, 256), np.float32), "tbq3_0").shape
+    (2, 98)
+    """
+    fmt = get_format(fmt)
+    x = _floating(x)
+    packed_shape = (*x.shape[:-1], fmt.row_bytes(x.shape[-1]))
+    if first_block and fmt.block_index != "tensor":
+        need = f"0: blocks of {fmt.key} do not depend on their position in the tensor"
+        raise InputError("first_block", str(first_block), need)
+    if first_block < 0:
+        raise InputError("first_block", str(first_block), "a non-negative block index")
+    out = _output(out, packed_shape, np.dtype(np.uint8))
+    rows, packed = x.reshape(-1, x.shape[-1]), out.reshape(-1, packed_shape[-1])
+    row_blocks = x.shape[-1] // fmt.block_values
+    kernel = fmt.kernels().quantize
+
+    def work(start: int, stop: int) -> None:
+        kernel(_float32(rows[start:stop]), packed[start:stop], first_block + start * row_blocks)
+
+    _for_row_chunks(work, *rows.shape, threads)
+    return out
+
+
+def dequantize(
+    packed: np.ndarray,
+    fmt: str | Format,
+    *,
+    out: np.ndarray | None = None,
+    threads: int | None = None,
+) -> np.ndarray:
+    """Dequantise packed rows to float32, bit for bit as the dialect's C code does.
+
+    Args:
+        packed: uint8 array (..., row_bytes), row_bytes a multiple of the format's block bytes.
+        fmt: a Format, a key such as "pr21089:tbq3_0", a bare name or an alias.
+        out: C-contiguous float32 array (..., n) to write into.
+        threads: worker threads; None uses all available cores. Never changes a bit.
+
+    Returns:
+        float32 array (..., n), `out` if that was given.
+
+    Raises:
+        UnknownFormatError, AmbiguousTypeError: `fmt` names no format, or several.
+        InputError: wrong dtype, row length or `out`.
+    """
+    fmt = get_format(fmt)
+    packed = np.asarray(packed)
+    if packed.dtype != np.uint8 or packed.ndim == 0:
+        got = f"{packed.dtype} array of shape {packed.shape}"
+        raise InputError("packed", got, "uint8 array (..., row_bytes)")
+    shape = (*packed.shape[:-1], fmt.row_values(packed.shape[-1]))
+    out = _output(out, shape, np.dtype(np.float32))
+    rows, y = packed.reshape(-1, packed.shape[-1]), out.reshape(-1, shape[-1])
+    kernel = fmt.kernels().dequantize
+
+    def work(start: int, stop: int) -> None:
+        kernel(np.ascontiguousarray(rows[start:stop]), y[start:stop])
+
+    _for_row_chunks(work, *y.shape, threads)
+    return out
+
+
+def _floating(x: np.ndarray) -> np.ndarray:
+    x = np.asarray(x)
+    # bfloat16 comes from ml_dtypes, which registers it with NumPy as a dtype of kind "V".
+    if x.dtype.kind != "f" and x.dtype.name != "bfloat16":
+        raise InputError("x", f"dtype {x.dtype}", "a real floating dtype")
+    if x.ndim == 0:
+        raise InputError("x", "a scalar", "an array (..., n)")
+    return x
+
+
+def _float32(rows: np.ndarray) -> np.ndarray:
+    """Return rows as native, contiguous float32; refuse finite values that would overflow."""
+    if rows.dtype.itemsize <= 4:
+        return np.ascontiguousarray(rows, np.float32)
+    with np.errstate(over="ignore"):
+        narrow = np.ascontiguousarray(rows, np.float32)
+    overflow = np.isinf(narrow) & np.isfinite(rows)
+    if overflow.any():
+        value = rows[overflow][0]
+        raise InputError("x", f"{rows.dtype} value {value}", "values within float32's range")
+    return narrow
+
+
+def _output(out: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    if out is None:
+        return np.empty(shape, dtype)
+    if (
+        not isinstance(out, np.ndarray)
+        or out.shape != shape
+        or out.dtype != dtype
+        or not out.flags.c_contiguous
+        or not out.flags.writeable
+    ):
+        got = (
+            f"{out.dtype} {out.shape} array, contiguous={out.flags.c_contiguous}, "
+            f"writeable={out.flags.writeable}"
+            if isinstance(out, np.ndarray)
+            else type(out).__name__
+        )
+        raise InputError("out", got, f"writeable C-contiguous {dtype} array of shape {shape}")
+    return out
+
+
+def available_cores() -> int:
+    """Return the number of cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _for_row_chunks(work, n_rows: int, row_values: int, threads: int | None) -> None:
+    """Call work(start, stop) over chunks of rows that cover range(n_rows), on a thread pool."""
+    if threads is None:
+        threads = available_cores()
+    if threads < 1:
+        raise InputError("threads", str(threads), "at least 1")
+    step = max(1, CHUNK_VALUES // row_values)
+    starts = range(0, n_rows, step)
+    threads = min(threads, len(starts))
+    if threads <= 1:
+        for start in starts:
+            work(start, min(start + step, n_rows))
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(work, start, min(start + step, n_rows)) for start in starts]:
+            done.result()

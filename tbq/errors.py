@@ -1,0 +1,62 @@
+"""Every exception the packages of this project raise on purpose.
+
+Each class inherits the builtin a careful caller would already catch, keeps what it was told as
+attributes, and says in one line what was given, what was needed and where.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class TbqError(Exception):
+    """Base class of all errors of tbq, gguf_io, cuda_port and the programs."""
+
+
+class UnknownFormatError(TbqError, LookupError):
+    """No registered format or type has this name."""
+
+    def __init__(self, name: str, near: Sequence[str] = (), known: str = "tbq.formats()") -> None:
+        self.name = name
+        self.near = tuple(near)
+        hint = f"did you mean {' or '.join(self.near)}?" if self.near else f"see {known}"
+        super().__init__(f"no format is called {name!r}; {hint}")
+
+
+class AmbiguousTypeError(TbqError, LookupError):
+    """A bare name or a ggml type id that several dialects claim."""
+
+    def __init__(self, given: str, candidates: Sequence[str], remedy: str) -> None:
+        self.given = given
+        self.candidates = tuple(candidates)
+        super().__init__(f"{given} could be {', '.join(self.candidates)}; {remedy}")
+
+
+class InputError(TbqError, ValueError):
+    """An argument has the wrong shape, dtype, length or value."""
+
+    def __init__(self, argument: str, got: str, need: str) -> None:
+        self.argument = argument
+        self.got = got
+        self.need = need
+        super().__init__(f"{argument}: got {got}, need {need}")
+
+
+class FileFormatError(TbqError, ValueError):
+    """A file is truncated, inconsistent, hostile or of an unsupported kind."""
+
+    def __init__(self, path: object, offset: int | None, reason: str) -> None:
+        self.path = str(path)
+        self.offset = offset
+        self.reason = reason
+        where = "" if offset is None else f" at byte {offset}"
+        super().__init__(f"{self.path}{where}: {reason}")
+
+
+class BackendError(TbqError, RuntimeError):
+    """The operation exists, but what would carry it out is missing or cannot do it."""
+
+    def __init__(self, backend: str, reason: str) -> None:
+        self.backend = backend
+        self.reason = reason
+        super().__init__(f"{backend}: {reason}")

@@ -1,0 +1,1 @@
+"""Numba kernels, one module per family. Imported on first use, never by `import tbq`."""
