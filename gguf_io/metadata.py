@@ -1,0 +1,174 @@
+"""GGUF metadata: fields that keep their exact bytes, and values decoded when asked for."""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from gguf import GGUFValueType
+
+from tbq import InputError
+
+# The scalar value types and their NumPy dtypes; BOOL is one byte.
+SCALARS = {
+    GGUFValueType.UINT8: np.dtype("<u1"),
+    GGUFValueType.INT8: np.dtype("<i1"),
+    GGUFValueType.UINT16: np.dtype("<u2"),
+    GGUFValueType.INT16: np.dtype("<i2"),
+    GGUFValueType.UINT32: np.dtype("<u4"),
+    GGUFValueType.INT32: np.dtype("<i4"),
+    GGUFValueType.FLOAT32: np.dtype("<f4"),
+    GGUFValueType.BOOL: np.dtype("?"),
+    GGUFValueType.UINT64: np.dtype("<u8"),
+    GGUFValueType.INT64: np.dtype("<i8"),
+    GGUFValueType.FLOAT64: np.dtype("<f8"),
+}
+_BY_DTYPE = {dtype: kind for kind, dtype in SCALARS.items()}
+
+
+class StringArray(Sequence):
+    """The strings of an array field, decoded one by one when indexed.
+
+    Bytes that are not UTF-8 come back as lone surrogates (surrogateescape), so no byte is lost.
+    """
+
+    def __init__(self, buffer: memoryview, starts: array) -> None:
+        self._buffer = buffer
+        self._starts = starts  # where each string's 64-bit length stands
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        start = self._starts[index]
+        (length,) = struct.unpack_from("<Q", self._buffer, start)
+        return _text(self._buffer[start + 8 : start + 8 + length])
+
+    def __repr__(self) -> str:
+        return f"<StringArray of {len(self)}>"
+
+
+def _text(data) -> str:
+    return bytes(data).decode("utf-8", errors="surrogateescape")
+
+
+@dataclass(frozen=True)
+class Field:
+    """One metadata value.
+
+    Attributes:
+        type: its GGUF type.
+        item_type: the type of an array's items, None for scalars.
+        raw: its bytes as they stand in the file, from the type word on.
+        starts: for arrays of strings, where in `raw` each string begins.
+    """
+
+    type: GGUFValueType
+    item_type: GGUFValueType | None
+    raw: memoryview
+    starts: array | None = None
+
+    @property
+    def value(self) -> Any:
+        """The value: int, float, bool or str; a NumPy array; or a StringArray."""
+        if self.type is GGUFValueType.STRING:
+            return _text(self.raw[12:])
+        if self.type is not GGUFValueType.ARRAY:
+            return _numbers(self.raw[4:], self.type)[0].item()
+        if self.item_type is GGUFValueType.STRING:
+            return StringArray(self.raw, self.starts)
+        return _numbers(self.raw[16:], self.item_type)
+
+    @classmethod
+    def of(cls, value: Any, type: GGUFValueType | None = None) -> Field:
+        """Make a field from a Python or NumPy value.
+
+        Without `type`, a NumPy scalar or array keeps its dtype and Python values become what
+        gguf-py makes of them: STRING, BOOL, FLOAT32, and the first of INT32, INT64, UINT64 that
+        holds the integer. `type` is the type of a scalar, or of an array's items.
+
+        Raises:
+            InputError: GGUF has no type for the value, or it does not fit.
+        """
+        if isinstance(value, (str, bytes)):
+            raw = struct.pack("<I", GGUFValueType.STRING) + _string(value)
+            return cls(GGUFValueType.STRING, None, memoryview(raw))
+        is_array = isinstance(value, (Sequence, np.ndarray))
+        if is_array and len(value) and all(isinstance(v, (str, bytes)) for v in value):
+            type = GGUFValueType.STRING
+        if is_array and type is GGUFValueType.STRING:
+            return cls._of_strings(value)
+        items = np.atleast_1d(_typed(value, type))
+        kind = _BY_DTYPE[items.dtype]
+        head = struct.pack("<IIQ", GGUFValueType.ARRAY, kind, len(items))
+        if not is_array:
+            return cls(kind, None, memoryview(struct.pack("<I", kind) + items.tobytes()))
+        return cls(GGUFValueType.ARRAY, kind, memoryview(head + items.tobytes()))
+
+    @classmethod
+    def _of_strings(cls, values: Sequence) -> Field:
+        raw = bytearray(struct.pack("<IIQ", GGUFValueType.ARRAY, GGUFValueType.STRING, len(values)))
+        starts = array("Q")
+        for value in values:
+            starts.append(len(raw))
+            raw += _string(value)
+        return cls(GGUFValueType.ARRAY, GGUFValueType.STRING, memoryview(bytes(raw)), starts)
+
+
+def _numbers(data: memoryview, kind: GGUFValueType) -> np.ndarray:
+    if kind is GGUFValueType.BOOL:
+        return np.frombuffer(data, np.uint8) != 0
+    return np.frombuffer(data, SCALARS[kind])
+
+
+def _string(value: str | bytes) -> bytes:
+    data = value if isinstance(value, bytes) else value.encode("utf-8", errors="surrogateescape")
+    return struct.pack("<Q", len(data)) + data
+
+
+def _typed(value: Any, kind: GGUFValueType | None) -> np.ndarray:
+    """Return value as an array of a dtype that GGUF has, without losing anything."""
+    array_ = np.asarray(value)
+    if kind is not None:
+        dtype = SCALARS[kind]
+    elif isinstance(value, (np.generic, np.ndarray)):
+        dtype = array_.dtype.newbyteorder("<")
+    elif array_.dtype.kind == "i" and array_.size:
+        fits = (np.abs(array_) <= 0x7FFFFFFF).all()
+        dtype = np.dtype("<i4") if fits else np.dtype("<i8")
+    else:
+        dtype = {"b": np.dtype("?"), "u": np.dtype("<u8")}.get(array_.dtype.kind)
+        if array_.dtype.kind == "f" and array_.size:
+            dtype = np.dtype("<f4")
+    if dtype not in _BY_DTYPE or array_.ndim > 1:
+        need = "a str, bool, int or float, or a flat sequence of one of them; empty ones typed"
+        raise InputError("metadata value", f"{type(value).__name__} {value!r:.60}", need)
+    converted = array_.astype(dtype)
+    if array_.dtype.kind in "iub" and not np.array_equal(converted, array_):
+        raise InputError("metadata value", repr(value), f"a value that {dtype} holds")
+    return converted
+
+
+class Metadata(Mapping):
+    """The metadata of a file: a mapping from key to decoded value, over `fields`."""
+
+    def __init__(self, fields: dict[str, Field]) -> None:
+        self.fields = fields
+
+    def __getitem__(self, key: str) -> Any:
+        return self.fields[key].value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.fields)
+
+    def __len__(self) -> int:
+        return len(self.fields)
+
+    def __repr__(self) -> str:
+        return f"<Metadata of {len(self)} keys>"

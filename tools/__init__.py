@@ -1,0 +1,1 @@
+"""The programs. Installed under the import name `tbq_tools`."""
