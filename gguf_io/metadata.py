@@ -133,26 +133,35 @@ def _string(value: str | bytes) -> bytes:
 
 
 def _typed(value: Any, kind: GGUFValueType | None) -> np.ndarray:
-    """Return value as an array of a dtype that GGUF has, without losing anything."""
-    array_ = np.asarray(value)
+    """Return value as an array of a dtype that GGUF has; integers are never wrapped or rounded."""
+    items = value if isinstance(value, (Sequence, np.ndarray)) else [value]
+    for dtype in _dtypes(value, items) if kind is None else [SCALARS[kind]]:
+        if dtype in _BY_DTYPE and np.ndim(value) <= 1 and _fits(items, dtype):
+            return np.array(value, dtype)
+    need = "a str, bool, int or float, or a flat sequence of one of them; empty ones typed"
     if kind is not None:
-        dtype = SCALARS[kind]
-    elif isinstance(value, (np.generic, np.ndarray)):
-        dtype = array_.dtype.newbyteorder("<")
-    elif array_.dtype.kind == "i" and array_.size:
-        fits = (np.abs(array_) <= 0x7FFFFFFF).all()
-        dtype = np.dtype("<i4") if fits else np.dtype("<i8")
-    else:
-        dtype = {"b": np.dtype("?"), "u": np.dtype("<u8")}.get(array_.dtype.kind)
-        if array_.dtype.kind == "f" and array_.size:
-            dtype = np.dtype("<f4")
-    if dtype not in _BY_DTYPE or array_.ndim > 1:
-        need = "a str, bool, int or float, or a flat sequence of one of them; empty ones typed"
-        raise InputError("metadata value", f"{type(value).__name__} {value!r:.60}", need)
-    converted = array_.astype(dtype)
-    if array_.dtype.kind in "iub" and not np.array_equal(converted, array_):
-        raise InputError("metadata value", repr(value), f"a value that {dtype} holds")
-    return converted
+        need = f"{kind.name}, or a flat sequence of that"
+    raise InputError("metadata value", f"{type(value).__name__} {value!r:.60}", need)
+
+
+def _dtypes(value: Any, items: Sequence | np.ndarray) -> list[np.dtype]:
+    """Return the dtypes to try for a value: NumPy's own, or what gguf-py makes of Python's."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        return [value.dtype.newbyteorder("<")]
+    choices = {bool: ["?"], int: ["<i4", "<i8", "<u8"], float: ["<f4"]}
+    types = {type(item) for item in items}
+    return [np.dtype(name) for name in choices.get(types.pop(), [])] if len(types) == 1 else []
+
+
+def _fits(items: Sequence | np.ndarray, dtype: np.dtype) -> bool:
+    if not len(items) or getattr(items, "dtype", None) == dtype:
+        return True
+    if dtype.kind in "iu":
+        info = np.iinfo(dtype)
+        integers = all(isinstance(item, (int, np.integer)) for item in items)
+        return integers and info.min <= min(items) and max(items) <= info.max
+    allowed = (bool, np.bool_) if dtype.kind == "b" else (int, float, np.integer, np.floating)
+    return all(isinstance(item, allowed) for item in items)
 
 
 class Metadata(Mapping):

@@ -16,7 +16,7 @@ import numpy as np
 
 import tbq
 from tbq import BackendError, Format, InputError, UnknownFormatError
-from tbq.formats import near_misses
+from tbq.registry import near_misses
 
 FIRST_FORK_ID = 42
 

@@ -23,12 +23,12 @@ from gguf_io.dialects import DIALECT_KEY
 from gguf_io.metadata import Field, Metadata
 from gguf_io.parser import MAGIC, MAX_DIMS, MAX_NAME
 from gguf_io.reader import SPLIT_KEYS, GgufTensor, split_path
-from gguf_io.types import FIRST_FORK_ID, TensorType, Unknown, ggml_types, row_bytes
+from gguf_io.types import FIRST_FORK_ID, TensorType, Unknown, resolve_type, row_bytes
 from tbq import Format, InputError
 
 GGUF_VERSION = 3
 OWN_KEYS = (DIALECT_KEY, "tbq.source", "tbq.version")
-_FLOAT_IDS = {np.dtype(np.float32): 0, np.dtype(np.float16): 1}
+_FLOATS = {np.dtype("<f4"): "f32", np.dtype("<f2"): "f16"}
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class OutputTensor:
     def from_array(cls, name: str, x: np.ndarray) -> OutputTensor:
         """Store float32 or float16 values as they are."""
         x = np.asarray(x)
-        if x.dtype not in _FLOAT_IDS:
+        kind = _FLOATS.get(x.dtype.newbyteorder("<"))
+        if kind is None:
             need = "float32 or float16; quantise other dtypes first"
             raise InputError(f"tensor {name!r}", f"dtype {x.dtype}", need)
-        kind = ggml_types()[_FLOAT_IDS[x.dtype]]
         little = x.astype(x.dtype.newbyteorder("<"), order="C", copy=False)
-        return cls(name, x.shape, kind, x.nbytes, lambda: [little])
+        return cls(name, x.shape, resolve_type(kind), x.nbytes, lambda: [little])
 
     @classmethod
     def from_packed(cls, name: str, packed: np.ndarray, fmt: Format) -> OutputTensor:

@@ -13,7 +13,7 @@ from tbq.errors import (
     UnknownFormatError,
 )
 from tbq.format import Format
-from tbq.formats import dialects, formats, get_format
+from tbq.registry import dialects, formats, get_format
 
 __all__ = [
     "AmbiguousTypeError",

@@ -9,7 +9,7 @@ import numpy as np
 
 from tbq.errors import InputError
 from tbq.format import Format
-from tbq.formats import get_format
+from tbq.registry import get_format
 
 # Values per unit of work: large enough to hide the call, small enough to stay in cache.
 CHUNK_VALUES = 1 << 17

@@ -1,6 +1,6 @@
 """The arithmetic contract in NumPy: what the C code's float operations mean, bit by bit.
 
-The specifications in `tbq.formats` are written with these. The Numba twins of the scalar
+The specifications in `tbq.families` are written with these. The Numba twins of the scalar
 conversions are in `tbq.kernels.numerics`; a test compares the two over all inputs that matter.
 """
 

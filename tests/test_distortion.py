@@ -5,7 +5,7 @@ import pytest
 from scipy import integrate, stats
 
 import tbq
-from tbq.formats import pr21089
+from tbq.families import pr21089
 from tbq.metrics import Distortion
 
 D = 256

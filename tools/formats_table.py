@@ -14,7 +14,7 @@ HEAD = """\
 Generated from the registry by `python -m tools.formats_table`; a test compares the two.
 
 A format is named `dialect:name`. Type ids mean nothing without their dialect: forks reuse them.
-The arithmetic of each family, step by step, is the docstring of its module in `tbq/formats/`.
+The arithmetic of each family, step by step, is the docstring of its module in `tbq/families/`.
 
 | format | aliases | id | side | values | bytes | bits/value | fields (offset) | decodes to |
 |---|---|---|---|---|---|---|---|---|

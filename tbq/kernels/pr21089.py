@@ -1,4 +1,4 @@
-"""Numba kernels of `tbq.formats.pr21089`.
+"""Numba kernels of `tbq.families.pr21089`.
 
 The rotation is where the time goes. Each output is a sum over 128 inputs in index order, so the
 lanes of a vector are outputs, never parts of one sum. Two blocks, four 128-value halves, share each
@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tbq.format import Format, RowKernels
-from tbq.formats.pr21089 import (
+from tbq.families.pr21089 import (
     BOUNDARIES,
     CODEBOOKS,
     MIN_NORM,
@@ -19,6 +18,7 @@ from tbq.formats.pr21089 import (
     SCALE_UP,
     code_bits,
 )
+from tbq.format import Format, RowKernels
 from tbq.kernels.bitpack import pack, unpack
 from tbq.kernels.compile import jit
 from tbq.kernels.numerics import fp16_to_fp32, fp32_to_fp16

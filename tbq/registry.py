@@ -9,8 +9,8 @@ from __future__ import annotations
 import difflib
 
 from tbq.errors import AmbiguousTypeError, UnknownFormatError
+from tbq.families import pr21089
 from tbq.format import Format
-from tbq.formats import pr21089
 
 FAMILIES = (pr21089,)
 

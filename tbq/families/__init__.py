@@ -1,0 +1,1 @@
+"""The families of formats: one module each, holding layout, constants, specification, entries."""
