@@ -626,6 +626,31 @@ def test_help_is_fast_and_lists_every_format():
     assert min(seconds) < 0.5
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_bar_only_on_a_terminal(tmp_path, terminal):
+    ours, theirs = os.openpty() if terminal else os.pipe()
+    run_program(
+        "--pure",
+        F32,
+        tmp_path / "o.gguf",
+        "tbq3_0",
+        stdout=subprocess.DEVNULL,
+        stderr=theirs,
+        capture_output=False,
+    )
+    os.close(theirs)
+    shown = b""
+    try:
+        while piece := os.read(ours, 1 << 16):
+            shown += piece
+    except OSError:  # how Linux says that the other side of a terminal has gone
+        pass
+    os.close(ours)
+    assert (b"quantising:" in shown) == terminal
+    if not terminal:
+        assert shown == b""
+
+
 def test_reader_of_stdout_may_leave(tmp_path):
     """`tbq-quantize … | head -1` ends quietly."""
     command = f"{sys.executable} -m tools.tbq_quantize --dry-run {F32} x.gguf tbq3_0 | true"

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 from tbq.errors import BackendError, FileFormatError, TbqError
 
@@ -117,12 +117,12 @@ class Progress:
         if self._bar is not None:
             self._bar.update(n)
 
-    def print(self, line: str) -> None:
-        """Print a line on stdout without tearing the bar."""
+    def print(self, line: str, file: TextIO | None = None) -> None:
+        """Print a line, on stdout unless told otherwise, without tearing the bar."""
         if self._bar is None:
-            print(line)
+            print(line, file=file or sys.stdout)
         else:
-            self._bar.write(line, file=sys.stdout)
+            self._bar.write(line, file=file or sys.stdout)
 
     def __enter__(self) -> Progress:
         return self

@@ -140,10 +140,11 @@ class Job:
     results: list[Result] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, progress: console.Progress | None = None) -> None:
         """Tell the user something that is not an error."""
         self.notes.append(text)
-        print(f"tbq-quantize: {text}", file=sys.stderr)
+        write = print if progress is None else progress.print
+        write(f"tbq-quantize: {text}", file=sys.stderr)
 
 
 def convert(args: argparse.Namespace) -> int:
@@ -343,9 +344,9 @@ def _announce(job: Job, result: Result, progress: console.Progress) -> None:
             line += f"size = {tensor.n_bytes / MIB:8.3f} MiB"
         progress.print(line)
     if choice.note:
-        job.note(f"{tensor.name}: {choice.note}")
+        job.note(f"{tensor.name}: {choice.note}", progress)
     if result.nonfinite:
-        job.note(f"{tensor.name}: {result.nonfinite} values are NaN or infinite")
+        job.note(f"{tensor.name}: {result.nonfinite} values are NaN or infinite", progress)
 
 
 def _verify(job: Job) -> None:
