@@ -1,6 +1,7 @@
 """tbq-quantize against llama-quantize's own files, its rules, and everything that can go wrong."""
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -629,6 +631,8 @@ def test_help_is_fast_and_lists_every_format():
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_bar_only_on_a_terminal(tmp_path, terminal):
     ours, theirs = os.openpty() if terminal else os.pipe()
+    if terminal:
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
     run_program(
         "--pure",
         F32,
