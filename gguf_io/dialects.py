@@ -16,6 +16,7 @@ import tbq
 from gguf_io.parser import ParsedFile, TensorRecord
 from gguf_io.types import FIRST_FORK_ID, TensorType, Unknown, ggml_types
 from tbq import FileFormatError, Format, UnknownFormatError
+from tbq.registry import BACKEND_OF
 
 DIALECT_KEY = "tbq.dialect"
 SAMPLED_BLOCKS = 256
@@ -63,7 +64,8 @@ def choose_dialect(files: list[ParsedFile], given: str | None) -> DialectChoice:
     if stated is not None:
         reason = f"the file states {DIALECT_KEY} = {stated!r}, which is not registered or misfits"
         return DialectChoice(None, reason)
-    candidates = tuple(d for d in tbq.dialects() if not _misfit(files, d))
+    fitting = [d for d in tbq.dialects() if not _misfit(files, d)]
+    candidates = tuple(d for d in fitting if BACKEND_OF.get(d) not in fitting)
     if len(candidates) == 1:
         reason = f"the only registered dialect whose sizes and scales fit type ids {ids}"
         return DialectChoice(candidates[0], reason, guessed=True, candidates=candidates)
@@ -119,6 +121,6 @@ def _scale_misfit(file: ParsedFile, record: TensorRecord, fmt: Format) -> str | 
     start = file.data_start + record.offset
     blocks = np.frombuffer(file.map, fmt.block, count=n, offset=start)
     for name in fmt.scales:
-        if np.signbit(blocks[name]).any():
+        if (blocks[name] < 0).any():
             return f"{record.name!r} has negative scales where {fmt.key} keeps its norms"
     return None

@@ -3,10 +3,11 @@
 Importing this package imports NumPy and defines things; Numba is imported when a kernel first runs.
 """
 
-from tbq.api import dequantize, quantize
+from tbq.api import dequantize, dequantize_paired, quantize, quantize_paired
 from tbq.errors import (
     AmbiguousTypeError,
     BackendError,
+    CorruptBlockError,
     FileFormatError,
     InputError,
     TbqError,
@@ -14,18 +15,24 @@ from tbq.errors import (
 )
 from tbq.format import Format
 from tbq.registry import dialects, formats, get_format
+from tbq.rotations import Rotation, rotation
 
 __all__ = [
     "AmbiguousTypeError",
     "BackendError",
+    "CorruptBlockError",
     "FileFormatError",
     "Format",
     "InputError",
+    "Rotation",
     "TbqError",
     "UnknownFormatError",
     "dequantize",
+    "dequantize_paired",
     "dialects",
     "formats",
     "get_format",
     "quantize",
+    "quantize_paired",
+    "rotation",
 ]

@@ -7,12 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from tbq.errors import InputError
+from tbq.errors import CorruptBlockError, InputError
 from tbq.format import Format
 from tbq.registry import get_format
 
-# Values per unit of work: large enough to hide the call, small enough to stay in cache.
-CHUNK_VALUES = 1 << 17
+# Values per unit of work: large enough to hide the call, small enough to stay in cache, and a
+# few units per thread, for formats that take a millisecond per block.
+MIN_CHUNK_VALUES, CHUNK_VALUES = 1 << 13, 1 << 17
+CHUNKS_PER_THREAD = 8
 
 
 def quantize(
@@ -56,7 +58,7 @@ def quantize(
         raise InputError("first_block", str(first_block), "a non-negative block index")
     out = _output(out, packed_shape, np.dtype(np.uint8))
     rows, packed = x.reshape(-1, x.shape[-1]), out.reshape(-1, packed_shape[-1])
-    row_blocks = x.shape[-1] // fmt.block_values
+    row_blocks = x.shape[-1] // fmt.block_values if fmt.block_index == "tensor" else 0
     kernel = fmt.kernels().quantize
 
     def work(start: int, stop: int) -> None:
@@ -87,22 +89,121 @@ def dequantize(
     Raises:
         UnknownFormatError, AmbiguousTypeError: `fmt` names no format, or several.
         InputError: wrong dtype, row length or `out`.
+        CorruptBlockError: an outlier's position is beyond its block, where C writes out of bounds.
     """
     fmt = get_format(fmt)
-    packed = np.asarray(packed)
-    if packed.dtype != np.uint8 or packed.ndim == 0:
-        got = f"{packed.dtype} array of shape {packed.shape}"
-        raise InputError("packed", got, "uint8 array (..., row_bytes)")
+    packed = _packed(packed)
     shape = (*packed.shape[:-1], fmt.row_values(packed.shape[-1]))
     out = _output(out, shape, np.dtype(np.float32))
     rows, y = packed.reshape(-1, packed.shape[-1]), out.reshape(-1, shape[-1])
     kernel = fmt.kernels().dequantize
 
     def work(start: int, stop: int) -> None:
-        kernel(np.ascontiguousarray(rows[start:stop]), y[start:stop])
+        corrupt = kernel(np.ascontiguousarray(rows[start:stop]), y[start:stop])
+        if corrupt is not None and corrupt >= 0:
+            block = start * (shape[-1] // fmt.block_values) + corrupt
+            raise CorruptBlockError(fmt.key, block, "an outlier lies outside the block")
 
     _for_row_chunks(work, *y.shape, threads)
     return out
+
+
+def quantize_paired(
+    x: np.ndarray, sibling: np.ndarray, *, out: np.ndarray | None = None, threads: int | None = None
+) -> np.ndarray:
+    """Quantise rows to xktq2_1 beside rows of its sibling format, whose codes they borrow.
+
+    Args:
+        x: real floating array (..., n), as for `quantize`.
+        sibling: packed ktq2_1 rows, uint8 (..., n/32*14), leading axes as in x.
+        out: C-contiguous uint8 array (..., n/32*8) to write into.
+        threads: worker threads; None uses all available cores.
+
+    Returns:
+        uint8 array (..., n/32*8): the sibling's shape under scales that restore the norms of x.
+
+    Raises:
+        InputError: wrong dtype, row length, sibling or `out`; a finite value beyond float32.
+    """
+    fmt, lender = _pair()
+    x = _floating(x)
+    out = _output(out, (*x.shape[:-1], fmt.row_bytes(x.shape[-1])), np.dtype(np.uint8))
+    siblings = _sibling_blocks(sibling, lender, x.shape)
+    kernel, levels = _paired_kernels()
+    rows, packed = x.reshape(-1, x.shape[-1]), out.reshape(-1, out.shape[-1])
+    row_blocks = x.shape[-1] // fmt.block_values
+
+    def work(start: int, stop: int) -> None:
+        values = _float32(rows[start:stop]).reshape(-1, fmt.block_values)
+        lent = siblings[start * row_blocks : stop * row_blocks]
+        kernel.quantize_paired(
+            values, lent, levels, packed[start:stop].reshape(-1, fmt.block_bytes)
+        )
+
+    _for_row_chunks(work, *rows.shape, threads)
+    return out
+
+
+def dequantize_paired(
+    packed: np.ndarray,
+    sibling: np.ndarray,
+    *,
+    out: np.ndarray | None = None,
+    threads: int | None = None,
+) -> np.ndarray:
+    """Dequantise xktq2_1 rows beside rows of their sibling format; see `quantize_paired`.
+
+    Returns:
+        float32 array (..., n), `out` if that was given.
+
+    Raises:
+        InputError: wrong dtype, row length, sibling or `out`.
+    """
+    fmt, lender = _pair()
+    packed = _packed(packed)
+    shape = (*packed.shape[:-1], fmt.row_values(packed.shape[-1]))
+    out = _output(out, shape, np.dtype(np.float32))
+    siblings = _sibling_blocks(sibling, lender, shape)
+    kernel, levels = _paired_kernels()
+    rows, y = packed.reshape(-1, packed.shape[-1]), out.reshape(-1, shape[-1])
+    row_blocks = shape[-1] // fmt.block_values
+
+    def work(start: int, stop: int) -> None:
+        blocks = np.ascontiguousarray(rows[start:stop]).reshape(-1, fmt.block_bytes)
+        lent = siblings[start * row_blocks : stop * row_blocks]
+        kernel.dequantize_paired(blocks, lent, levels, y[start:stop].reshape(-1, fmt.block_values))
+
+    _for_row_chunks(work, *y.shape, threads)
+    return out
+
+
+def _pair() -> tuple[Format, Format]:
+    fmt = get_format("llama-tq:xktq2_1")
+    return fmt, get_format(fmt.sibling)
+
+
+def _paired_kernels():
+    from tbq.kernels import xktq  # imports Numba
+
+    return xktq, xktq.LEVELS
+
+
+def _sibling_blocks(sibling: np.ndarray, lender: Format, shape: tuple[int, ...]) -> np.ndarray:
+    """Check packed sibling rows for values of this shape; return their blocks (n, bytes)."""
+    sibling = np.asarray(sibling)
+    need = (*shape[:-1], lender.row_bytes(shape[-1]))
+    if sibling.dtype != np.uint8 or sibling.shape != need:
+        got = f"{sibling.dtype} array of shape {sibling.shape}"
+        raise InputError("sibling", got, f"packed {lender.key} rows, uint8 array of shape {need}")
+    return np.ascontiguousarray(sibling).reshape(-1, lender.block_bytes)
+
+
+def _packed(packed: np.ndarray) -> np.ndarray:
+    packed = np.asarray(packed)
+    if packed.dtype != np.uint8 or packed.ndim == 0:
+        got = f"{packed.dtype} array of shape {packed.shape}"
+        raise InputError("packed", got, "uint8 array (..., row_bytes)")
+    return packed
 
 
 def _floating(x: np.ndarray) -> np.ndarray:
@@ -161,7 +262,8 @@ def _for_row_chunks(work, n_rows: int, row_values: int, threads: int | None) -> 
         threads = available_cores()
     if threads < 1:
         raise InputError("threads", str(threads), "at least 1")
-    step = max(1, CHUNK_VALUES // row_values)
+    share = n_rows * row_values // (threads * CHUNKS_PER_THREAD)
+    step = max(1, min(max(share, MIN_CHUNK_VALUES), CHUNK_VALUES) // row_values)
     starts = range(0, n_rows, step)
     threads = min(threads, len(starts))
     if threads <= 1:

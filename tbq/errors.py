@@ -42,6 +42,16 @@ class InputError(TbqError, ValueError):
         super().__init__(f"{argument}: got {got}, need {need}")
 
 
+class CorruptBlockError(TbqError, ValueError):
+    """A packed block holds a field that no encoder writes and that cannot be decoded."""
+
+    def __init__(self, fmt: str, block: int, reason: str) -> None:
+        self.format = fmt
+        self.block = block
+        self.reason = reason
+        super().__init__(f"block {block} of {fmt}: {reason}")
+
+
 class FileFormatError(TbqError, ValueError):
     """A file is truncated, inconsistent, hostile or of an unsupported kind."""
 

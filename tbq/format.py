@@ -17,11 +17,12 @@ class RowKernels(NamedTuple):
     """The Numba kernels of one format. They check nothing, allocate nothing and release the GIL.
 
     quantize(x, packed, first_block): float32 (rows, n) to uint8 (rows, row_bytes).
-    dequantize(packed, y): uint8 (rows, row_bytes) to float32 (rows, n).
+    dequantize(packed, y): uint8 (rows, row_bytes) to float32 (rows, n). Returns None, or, for
+        formats with fields that can be out of range, the first block where one is, else -1.
     """
 
     quantize: Callable[[np.ndarray, np.ndarray, int], None]
-    dequantize: Callable[[np.ndarray, np.ndarray], None]
+    dequantize: Callable[[np.ndarray, np.ndarray], int | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,10 +40,12 @@ class Format:
         domain: "original" if the block decodes to what was given, "rotated" if the caller
             rotates before and after.
         source: repository, commit and file of the arithmetic.
-        quantize_ref: the specification: (fmt, float32 (n, block_values)) to `block` (n,).
+        quantize_ref: the specification: (fmt, float32 (n, block_values), block indices (n,)) to
+            `block` (n,).
         dequantize_ref: the specification: (fmt, `block` (n,)) to float32 (n, block_values).
         kernels_module: module whose `kernels(fmt)` returns the RowKernels; imported on first use.
         scales: fields of `block` that hold non-negative float16 scales.
+        sibling: key of the format whose blocks lend theirs the codes; None if they stand alone.
         block_index: what a block's position counts from where it is part of the arithmetic:
             "none" (it is not), "row", or "tensor" (it runs on through all rows).
         aliases: other names by which the dialect's programs know it.
@@ -59,10 +62,11 @@ class Format:
     side: Literal["K", "V", "KV"]
     domain: Literal["original", "rotated"]
     source: str
-    quantize_ref: Callable[[Format, np.ndarray], np.ndarray]
+    quantize_ref: Callable[[Format, np.ndarray, np.ndarray], np.ndarray]
     dequantize_ref: Callable[[Format, np.ndarray], np.ndarray]
     kernels_module: str
     scales: tuple[str, ...] = ("d",)
+    sibling: str | None = None
     block_index: Literal["none", "row", "tensor"] = "none"
     aliases: tuple[str, ...] = ()
     ftype: int | None = None
@@ -96,6 +100,11 @@ class Format:
             need = f"a positive multiple of {self.block_bytes} bytes for {self.key}"
             raise InputError("packed row length", f"{n_bytes} bytes", need)
         return n_bytes // self.block_bytes * self.block_values
+
+    def block_indices(self, rows: int, row_blocks: int, first_block: int = 0) -> np.ndarray:
+        """Return the index of each block of an array of rows, as the specification takes it."""
+        flat = np.arange(rows * row_blocks)
+        return first_block + flat if self.block_index == "tensor" else flat % row_blocks
 
     @cache  # noqa: B019 - formats live as long as the process
     def kernels(self) -> RowKernels:

@@ -40,3 +40,41 @@ def splitmix64(seed: int):
         z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK64
         yield z ^ (z >> 31)
+
+
+def fwht(x: np.ndarray) -> np.ndarray:
+    """Return the unnormalised Walsh-Hadamard transform over the last axis, Sylvester order.
+
+    Butterflies of length 1, 2, 4, ... in the dtype of x; this order is part of the formats.
+    """
+    shape, n, length = x.shape, x.shape[-1], 1
+    while length < n:
+        pairs = x.reshape(*shape[:-1], -1, 2, length)
+        u, v = pairs[..., 0, :], pairs[..., 1, :]
+        x = np.stack([u + v, u - v], axis=-2).reshape(shape)
+        length *= 2
+    return x
+
+
+def philox6(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Return llama-tq's 6-round Philox word for uint32 counters and keys, as uint64 < 2^32.
+
+    Source: LL4nc33/llama-tq at 0f57a4ee6, ggml/src/ggml-quants.c.
+    """
+    low, high = np.broadcast_arrays(np.asarray(counter, np.uint64), np.asarray(key, np.uint64))
+    mask = np.uint64(0xFFFFFFFF)
+    for i in range(1, 7):
+        product = low * np.uint64(0xD2511F53)
+        low = (product >> np.uint64(32)) ^ high ^ np.uint64(0x9E3779B9 * i & 0xFFFFFFFF)
+        high = product & mask
+    return low
+
+
+def fnv1a(words: np.ndarray) -> np.ndarray:
+    """Return the 32-bit FNV-1a hash of the four little-endian bytes of each word, as uint64."""
+    words = np.asarray(words).astype(np.uint64) & np.uint64(0xFFFFFFFF)
+    h = np.full(words.shape, 2166136261, np.uint64)
+    for shift in (0, 8, 16, 24):
+        byte = (words >> np.uint64(shift)) & np.uint64(0xFF)
+        h = ((h ^ byte) * np.uint64(16777619)) & np.uint64(0xFFFFFFFF)
+    return h

@@ -9,13 +9,17 @@ from __future__ import annotations
 import difflib
 
 from tbq.errors import AmbiguousTypeError, UnknownFormatError
-from tbq.families import pr21089
+from tbq.families import ktq, pr21089, trellis, vtq
 from tbq.format import Format
 
-FAMILIES = (pr21089,)
+FAMILIES = (pr21089, ktq, vtq, trellis)
 
 # A bare name that several dialects use means the first of these that has it.
 DEFAULT_DIALECTS = ("pr21089", "llama-tq")
+
+# A dialect that shares all layouts and ids with another and differs in arithmetic only: no file
+# can tell them apart, so the other is meant unless the caller says otherwise.
+BACKEND_OF = {"llama-tq-cuda": "llama-tq"}
 
 
 def _index(families) -> dict[str, Format]:

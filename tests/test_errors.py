@@ -80,6 +80,7 @@ def test_every_error_class_is_exported_and_caught_as_its_builtin():
         tbq.UnknownFormatError: LookupError,
         tbq.AmbiguousTypeError: LookupError,
         tbq.InputError: ValueError,
+        tbq.CorruptBlockError: ValueError,
         tbq.FileFormatError: ValueError,
         tbq.BackendError: RuntimeError,
     }

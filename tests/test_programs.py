@@ -15,10 +15,11 @@ from tools.demo_data import DEMO_FILE, demo_tensors
 def test_demo_prints_every_format_with_plausible_errors(capsys):
     demo.main()
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[3:]}
-    for fmt in tbq.formats():
+    for fmt in (fmt for fmt in tbq.formats() if not fmt.sibling):
         bits, *errors = map(float, rows[fmt.key])
         assert bits == round(fmt.bpw, 4)
-        assert all(0 < error < 0.5 for error in errors)
+        inverted = fmt.dialect == "llama-tq-cuda" and fmt.side == "K"
+        assert all(3 < error < 5 if inverted else 0 < error < 0.5 for error in errors)
 
 
 def test_demo_data_is_what_its_generator_makes():
@@ -40,14 +41,14 @@ def test_bench_measures_and_records(monkeypatch, capsys, tmp_path):
 def test_bench_does_not_time_a_wrong_kernel(monkeypatch, capsys):
     right = tbq.get_format("tbq3_0")
 
-    def off_by_one(fmt, x):
-        blocks = right.quantize_ref(right, x)
+    def off_by_one(fmt, x, index):
+        blocks = right.quantize_ref(right, x, index)
         blocks["qs"][0, 0] ^= 1
         return blocks
 
     wrong = dataclasses.replace(right, quantize_ref=off_by_one)
     monkeypatch.setitem(registry._FORMATS, right.key, wrong)
-    assert tbq_bench.main(["--rows", "256", "--rounds", "1"]) == 1
+    assert tbq_bench.main(["--rows", "256", "--rounds", "1", "tbq3_0"]) == 1
     assert "not exact, not timed: pr21089:tbq3_0" in capsys.readouterr().err
 
 

@@ -25,14 +25,14 @@ def measure(kind: str, folder: Path) -> dict:
     flags = ["--pure", "--verify", "--json"]
     with contextlib.redirect_stdout(printed):
         code = tbq_quantize.main([*flags, str(DEMO_FILE), str(output), kind])
-    if code:
+    if code > 1:  # 1: an error above 100 %, which the table shows
         sys.exit(code)
     return json.loads(printed.getvalue())
 
 
 def main() -> None:
     """Print the table."""
-    kinds = [*BASELINES, *(fmt.key for fmt in tbq.formats())]
+    kinds = [*BASELINES, *(fmt.key for fmt in tbq.formats() if not fmt.sibling)]
     print(f"tbq-quantize --pure --verify {DEMO_FILE.name} OUTPUT TYPE, relative MSE per tensor\n")
     with tempfile.TemporaryDirectory() as folder:
         for i, kind in enumerate(kinds):

@@ -113,6 +113,10 @@ def choose_types(file: GgufFile, options: Options, order: Iterable[GgufTensor]) 
             be quantised again, or a tensor that has to be converted cannot be decoded.
         BackendError: gguf-py cannot produce a type that was asked for.
     """
+    for kind in _asked_for(options):
+        if isinstance(kind, Format) and kind.sibling:
+            need = f"a format that stands alone: its codes live in a sibling {kind.sibling} row"
+            raise InputError("TYPE", kind.key, need)
     return [_choose(file, options, tensor) for tensor in order]
 
 
@@ -157,7 +161,7 @@ def _choose(file: GgufFile, options: Options, tensor: GgufTensor) -> Choice:
     if not choice.converts:
         return choice
     if not can_quantize(choice.type):
-        if _asked_for(choice.type, options):
+        if choice.type in _asked_for(options):
             raise BackendError("gguf-py", f"cannot quantise to {choice.type.name} ({tensor.name})")
         note = f"llama-quantize would choose {choice.type.name}, which gguf-py cannot produce"
         return Choice(tensor, tensor.format, f"{note}; kept as {tensor.format.name}")
@@ -175,9 +179,10 @@ def _choose(file: GgufFile, options: Options, tensor: GgufTensor) -> Choice:
     return choice
 
 
-def _asked_for(kind: TensorType, options: Options) -> bool:
-    asked = [options.target, options.output_type, options.embedding_type]
-    return kind in asked or kind in [override for _, override in options.overrides]
+def _asked_for(options: Options) -> list[TensorType]:
+    """Return the types that the user named, as opposed to those of a mixture."""
+    named = [options.target, options.output_type, options.embedding_type]
+    return [kind for kind in (*named, *(kind for _, kind in options.overrides)) if kind]
 
 
 def _target(file: GgufFile, options: Options, tensor: GgufTensor) -> Choice:

@@ -84,8 +84,8 @@ def code_bits(fmt: Format) -> int:
     return fmt.block["qs"].itemsize * 8 // QK_K
 
 
-def quantize_ref(fmt: Format, x: np.ndarray) -> np.ndarray:
-    """Quantise float32 (n, 256) to blocks (n,): the steps of the module docstring."""
+def quantize_ref(fmt: Format, x: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Quantise float32 (n, 256) to blocks (n,); the block index does not matter."""
     bits = code_bits(fmt)
     with np.errstate(all="ignore"):
         norm = np.sqrt(ordered_sum(x * x))

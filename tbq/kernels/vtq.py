@@ -1,0 +1,172 @@
+"""Numba kernels of `tbq.families.vtq`: encoding sixteen blocks at a time, decoding row by row."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tbq.families.ktq import CUDA, QK, SCALE, TINY, code_bits
+from tbq.families.vtq import CODEBOOKS, is_mixed
+from tbq.format import Format, RowKernels
+from tbq.kernels.bitpack import pack, unpack
+from tbq.kernels.compile import jit
+from tbq.kernels.lanes import LANES, ONE, ZERO, expand, load, norms, store_codes
+from tbq.kernels.lanes import pack as pack_lanes
+from tbq.kernels.nearest import absolute, count_thresholds, squared, thresholds
+from tbq.kernels.numerics import fp16_to_fp32, fp32_to_fp16
+
+
+@jit
+def _store_scale(norm, rn, out):
+    d = fp32_to_fp16(norm / rn if rn > TINY else norm)
+    out[0], out[1] = np.uint8(d & 0xFF), np.uint8(d >> 8)
+
+
+@jit
+def _store_dead(norm, out):
+    out[:] = 0
+    d = fp32_to_fp16(norm)
+    out[0], out[1] = np.uint8(d & 0xFF), np.uint8(d >> 8)
+
+
+@jit
+def _quantize(x, levels, limits, bits, packed):
+    """Quantise x (n, 32) to packed (n, block_bytes)."""
+    n = x.shape[0]
+    v = np.empty((QK, LANES), np.float32)
+    codes = np.empty((QK, LANES), np.int32)
+    words = np.empty((4, LANES), np.int32)
+    norm, rn = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    inverse = np.empty(LANES, np.float32)
+    for start in range(0, n, LANES):
+        count = min(LANES, n - start)
+        load(x, start, count, v)
+        norms(v, norm)
+        for lane in range(LANES):
+            inverse[lane] = ONE / norm[lane]
+        for j in range(QK):
+            for lane in range(LANES):
+                codes[j, lane] = count_thresholds(v[j, lane] * inverse[lane], limits)
+        pack_lanes(codes, bits, words)
+        expand(words, bits, levels, v)
+        norms(v, rn)
+        for lane in range(count):
+            out = packed[start + lane]
+            if norm[lane] < TINY:
+                _store_dead(norm[lane], out)
+                continue
+            _store_scale(norm[lane], rn[lane], out)
+            store_codes(words, lane, bits, out)
+            for pad in range(2 + 4 * bits, out.size):
+                out[pad] = 0
+
+
+@jit
+def _dequantize_bits(packed, levels, bits, y):
+    scaled = np.empty(levels.size, np.float32)
+    mask = np.uint64((1 << bits) - 1)
+    for b in range(packed.shape[0]):
+        d = fp16_to_fp32(np.uint16(packed[b, 0]) | np.uint16(packed[b, 1]) << 8)
+        for c in range(levels.size):
+            scaled[c] = ZERO if d < TINY else levels[c] * d
+        for group in range(4):
+            word = np.uint64(0)
+            for k in range(bits):
+                word |= np.uint64(packed[b, 2 + bits * group + k]) << np.uint64(8 * k)
+            for k in range(8):
+                y[b, 8 * group + k] = scaled[(word >> np.uint64(bits * k)) & mask]
+
+
+@jit
+def _dequantize(packed, levels, bits, y):
+    """Dequantise packed (n, block_bytes) to y (n, 32)."""
+    if bits == 1:  # literal widths, so that the loops unroll
+        _dequantize_bits(packed, levels, 1, y)
+    elif bits == 2:
+        _dequantize_bits(packed, levels, 2, y)
+    elif bits == 3:
+        _dequantize_bits(packed, levels, 3, y)
+    else:
+        _dequantize_bits(packed, levels, 4, y)
+
+
+@jit
+def _quantize_mixed(x, fine_levels, fine_limits, coarse_levels, coarse_limits, packed):
+    """Quantise x (n, 32) to vtq_mixed blocks; j%4 == 0 is fine (3 bits), the rest coarse (2)."""
+    fine = np.empty(8, np.uint8)
+    slots = np.zeros(25, np.uint8)  # slot 0 is never used
+    for b in range(x.shape[0]):
+        total = ZERO
+        for j in range(QK):
+            total += x[b, j] * x[b, j]
+        norm = np.sqrt(total)
+        if norm < TINY:
+            _store_dead(norm, packed[b])
+            continue
+        inverse = ONE / norm
+        total = ZERO
+        for j in range(QK):
+            h = x[b, j] * inverse
+            if j % 4 == 0:
+                fine[j // 4] = count_thresholds(h, fine_limits)
+                level = fine_levels[fine[j // 4]]
+            else:
+                slots[j - j // 4] = count_thresholds(h, coarse_limits)
+                level = coarse_levels[slots[j - j // 4]]
+            total += level * level
+        pack(fine, 3, packed[b, 2:5])
+        pack(slots[:24], 2, packed[b, 5:11])
+        packed[b, 11] = slots[24]
+        _store_scale(norm, np.sqrt(total), packed[b])
+
+
+@jit
+def _dequantize_mixed(packed, fine_levels, coarse_levels, y):
+    fine = np.empty(8, np.uint8)
+    slots = np.zeros(25, np.uint8)
+    for b in range(packed.shape[0]):
+        d = fp16_to_fp32(np.uint16(packed[b, 0]) | np.uint16(packed[b, 1]) << 8)
+        unpack(packed[b, 2:5], 3, fine)
+        unpack(packed[b, 5:11], 2, slots[:24])
+        slots[24] = packed[b, 11] & 3
+        for j in range(QK):
+            mixed = fine_levels[fine[j // 4]] if j % 4 == 0 else coarse_levels[slots[j - j // 4]]
+            y[b, j] = ZERO if d < TINY else mixed * d
+
+
+def _table(fmt: Format, bits: int) -> tuple[np.ndarray, tuple]:
+    """Return the levels of a codebook and the thresholds between them."""
+    levels = CODEBOOKS[bits] * SCALE
+    if fmt.dialect == CUDA:
+        return levels, tuple(thresholds(levels, absolute))
+    limits = thresholds(levels, squared) if bits > 1 else np.zeros(1, np.float32)
+    return levels, tuple(limits)
+
+
+def kernels(fmt: Format) -> RowKernels:
+    """Return the kernels of a vtq*_1 format of either dialect, or of vtq_mixed."""
+    if is_mixed(fmt):
+        return _mixed_kernels(fmt)
+    bits = code_bits(fmt)
+    levels, limits = _table(fmt, bits)
+
+    def quantize(x, packed, first_block):
+        _quantize(x.reshape(-1, QK), levels, limits, bits, packed.reshape(-1, fmt.block_bytes))
+
+    def dequantize(packed, y):
+        _dequantize(packed.reshape(-1, fmt.block_bytes), levels, bits, y.reshape(-1, QK))
+
+    return RowKernels(quantize, dequantize)
+
+
+def _mixed_kernels(fmt: Format) -> RowKernels:
+    fine, coarse = _table(fmt, 3), _table(fmt, 2)
+
+    def quantize(x, packed, first_block):
+        blocks = packed.reshape(-1, fmt.block_bytes)
+        _quantize_mixed(x.reshape(-1, QK), *fine, *coarse, blocks)
+
+    def dequantize(packed, y):
+        blocks = packed.reshape(-1, fmt.block_bytes)
+        _dequantize_mixed(blocks, fine[0], coarse[0], y.reshape(-1, QK))
+
+    return RowKernels(quantize, dequantize)
