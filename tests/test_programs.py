@@ -19,7 +19,7 @@ def test_demo_prints_every_format_with_plausible_errors(capsys):
         bits, *errors = map(float, rows[fmt.key])
         assert bits == round(fmt.bpw, 4)
         inverted = fmt.dialect == "llama-tq-cuda" and fmt.side == "K"
-        assert all(3 < error < 5 if inverted else 0 < error < 0.5 for error in errors)
+        assert all(3 < error < 5 if inverted else 0 < error < 1.2 for error in errors)
 
 
 def test_demo_data_is_what_its_generator_makes():
@@ -30,11 +30,13 @@ def test_demo_data_is_what_its_generator_makes():
 
 def test_bench_measures_and_records(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(tbq_bench, "VALUES", 1 << 14)
+    monkeypatch.setattr(tbq_bench, "SECONDS", 0.01)
     out = tmp_path / "bench.jsonl"
     assert tbq_bench.main(["--rows", "256", "--rounds", "1", "--out", str(out)]) == 0
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(records) == 3 + 2 * len(tbq.formats())
     assert all(record["mvalues_per_s"] > 0 and record["cpu"] for record in records)
+    assert all(0 < record["values"] <= 1 << 14 for record in records)
     assert "pr21089:tbq3_0 quantize" in capsys.readouterr().out
 
 

@@ -311,6 +311,54 @@ def test_unknown_types_are_carried_along(tmp_path, quantize):
     assert "one dialect" in err or "belong to one dialect" in err
 
 
+@pytest.mark.parametrize("name", ["ktq2", "vtq1", "vtq_mixed", "vtq3", "llama-tq-cuda:ktq2_1"])
+def test_formats_of_other_dialects(tmp_path, quantize, name):
+    """Aliases and full names; the file says its dialect, so it reads back without flags."""
+    fmt = tbq.get_format(name)
+    out, back = tmp_path / "out.gguf", tmp_path / "back.gguf"
+    quantize("--pure", "--include", "attn_k", F32, out, name)
+    with gguf_io.open_gguf(F32) as source, gguf_io.open_gguf(out) as f:
+        t = f.tensors["blk.0.attn_k.weight"]
+        x = source.tensors[t.name].dequantize()
+        assert (f.dialect, f.dialect_guessed, t.format) == (fmt.dialect, False, fmt)
+        assert np.array_equal(t.raw, tbq.quantize(x, fmt))
+        assert "general.file_type" not in f.metadata
+    code, _, err = quantize(out, back, "f32")
+    assert (code, err) == (0, "")
+    with gguf_io.open_gguf(back) as f:
+        y = tbq.dequantize(tbq.quantize(x, fmt), fmt)
+        assert np.array_equal(f.tensors[t.name].dequantize(), y)
+
+
+def test_flat_block_index_runs_on_through_chunks(tmp_path, quantize, monkeypatch):
+    """llama-tq's CUDA code seeds its signs by the position in the whole tensor."""
+    monkeypatch.setattr(tbq_quantize, "CHUNK_VALUES", 3000)
+    out = tmp_path / "out.gguf"
+    quantize("--pure", "--include", "attn_k", F32, out, "llama-tq-cuda:ktq4_1")
+    with gguf_io.open_gguf(F32) as source, gguf_io.open_gguf(out) as f:
+        x = source.tensors["blk.0.attn_k.weight"].dequantize()
+        expected = tbq.quantize(x, "llama-tq-cuda:ktq4_1", threads=1)
+        assert np.array_equal(f.tensors["blk.0.attn_k.weight"].raw, expected)
+
+
+def test_dialects_do_not_mix_in_one_file(tmp_path, quantize):
+    names = ["blk.0.attn_k.weight", "blk.0.attn_v.weight"]
+    source = model(tmp_path / "in.gguf", dict.fromkeys(names, (2, 256)))
+    flags = ["--tensor-type", "attn_k=ktq2_1"]
+    for dry in ([], ["--dry-run"]):
+        code, _, err = quantize(*flags, *dry, source, tmp_path / "out.gguf", "tbq3_0")
+        assert code == 2
+        assert "formats of the dialects llama-tq, pr21089, need one dialect per file" in err
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_format_that_needs_a_sibling_is_no_target(tmp_path, quantize):
+    code, _, err = quantize("--pure", F32, tmp_path / "out.gguf", "xktq2_1")
+    assert code == 2
+    assert "sibling llama-tq:ktq2_1 row" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- splits ---
 
 

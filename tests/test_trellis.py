@@ -99,11 +99,11 @@ def test_rounding_ties_do_occur(rng):
     code = trellis.code_table()
     u = rng.standard_normal(128).astype(np.float32)
     u /= np.linalg.norm(u)
-    groups, found = 1 << 14, 0
+    groups, found = 1 << 12, 0
     cost = np.zeros(1 << 16, np.float32)
-    for i in range(20):
-        branch = ((u[i] - code) * (u[i] - code)).reshape(4, groups)
-        before = cost.reshape(groups, 4)
+    for i in range(128):
+        branch = ((u[i] - code) * (u[i] - code)).reshape(16, groups)
+        before = cost.reshape(groups, 16)
         total = before + branch[..., None]
         found += int((total.argmin(axis=-1) != before.argmin(axis=-1)).sum())
         cost = total.min(axis=-1).reshape(-1)

@@ -22,6 +22,7 @@ from tbq.errors import InputError
 from . import console
 
 VALUES = 4 << 20
+SECONDS = 1.0  # a case that would take longer gets fewer rows, a check fewer blocks
 WARM_UPS = 2
 CHECKED_BLOCKS = 64
 
@@ -64,16 +65,16 @@ def bench(args: argparse.Namespace) -> int:
         print(f"tbq-bench: error: not exact, not timed: {', '.join(wrong)}", file=sys.stderr)
         return console.FAILED
     environment = _environment(args.threads)
-    head = f"{'case':<34}{'row':>6}{'Mvalues/s':>11}{'min':>8}{'max':>8}{'x Q4_0':>8}{'x copy':>8}"
+    head = f"{'case':<34}{'row':>6}{'Mvalues/s':>11}{'min':>9}{'max':>9}{'x Q4_0':>8}{'x copy':>8}"
     print(head)
     for n in lengths:
         cases = _cases(formats, n, args.threads)
-        seconds = _time(cases, args.rounds)
-        for name, times in seconds.items():
-            record = _record(name, n, times, seconds) | environment
+        speeds = _time(cases, args.rounds)
+        for name, (_, values) in cases.items():
+            record = _record(name, n, values, speeds) | environment
             print(
-                f"{name:<34}{n:>6}{record['mvalues_per_s']:>11.1f}{record['min']:>8.1f}"
-                f"{record['max']:>8.1f}{record['ratio_to_gguf_q4_0']:>8.2f}"
+                f"{name:<34}{n:>6}{record['mvalues_per_s']:>11.3f}{record['min']:>9.3f}"
+                f"{record['max']:>9.3f}{record['ratio_to_gguf_q4_0']:>8.2f}"
                 f"{record['ratio_to_copy']:>8.3f}"
             )
             if args.out:
@@ -83,64 +84,85 @@ def bench(args: argparse.Namespace) -> int:
 
 
 def _is_exact(fmt: tbq.Format) -> bool:
-    """Compare the kernels with the specification on a few blocks."""
+    """Compare the kernels with the specification, block by block of one row."""
     rng = np.random.default_rng(1)
     x = rng.standard_normal((CHECKED_BLOCKS, fmt.block_values)).astype(np.float32)
-    blocks = fmt.quantize_ref(fmt, x, fmt.block_indices(CHECKED_BLOCKS, 1))
-    packed = blocks.view(np.uint8).reshape(CHECKED_BLOCKS, fmt.block_bytes)
-    same = np.array_equal(tbq.quantize(x, fmt), packed)
-    y = fmt.dequantize_ref(fmt, blocks)
-    return same and tbq.dequantize(packed, fmt).tobytes() == y.tobytes()
+    packed = tbq.quantize(x.reshape(-1), fmt).reshape(CHECKED_BLOCKS, -1)
+    y = tbq.dequantize(packed, fmt)
+    began = time.perf_counter()
+    for i in range(CHECKED_BLOCKS):
+        block = fmt.quantize_ref(fmt, x[i : i + 1], np.array([i]))
+        expected = fmt.dequantize_ref(fmt, block)
+        if block.tobytes() != packed[i].tobytes() or expected.tobytes() != y[i].tobytes():
+            return False
+        if time.perf_counter() - began > SECONDS:
+            break
+    return True
 
 
-def _cases(formats: list[tbq.Format], n: int, threads: int) -> dict[str, Callable[[], object]]:
+# What is timed, and how many values it handles.
+Case = tuple[Callable[[], object], int]
+
+
+def _cases(formats: list[tbq.Format], n: int, threads: int) -> dict[str, Case]:
     import gguf
 
     x = np.random.default_rng(0).standard_normal((VALUES // n, n)).astype(np.float32)
     copy = np.empty_like(x)
     q4_0 = gguf.GGMLQuantizationType.Q4_0
     packed_q4_0 = gguf.quantize(x, q4_0)
-    cases: dict[str, Callable[[], object]] = {
-        "copy": lambda: np.copyto(copy, x),
-        "gguf-py q4_0 quantize": lambda: gguf.quantize(x, q4_0),
-        "gguf-py q4_0 dequantize": lambda: gguf.dequantize(packed_q4_0, q4_0),
+    cases: dict[str, Case] = {
+        "copy": (lambda: np.copyto(copy, x), x.size),
+        "gguf-py q4_0 quantize": (lambda: gguf.quantize(x, q4_0), x.size),
+        "gguf-py q4_0 dequantize": (lambda: gguf.dequantize(packed_q4_0, q4_0), x.size),
     }
     for fmt in formats:
         if n % fmt.block_values:
             continue
-        packed, y = tbq.quantize(x, fmt), np.empty_like(x)
-        encode = {"fmt": fmt, "out": packed, "threads": threads}
-        decode = {"fmt": fmt, "out": y, "threads": threads}
-        cases[f"{fmt.key} quantize"] = lambda kw=encode: tbq.quantize(x, **kw)
-        cases[f"{fmt.key} dequantize"] = lambda p=packed, kw=decode: tbq.dequantize(p, **kw)
+        some = x[: _affordable_rows(fmt, x)]
+        packed = tbq.quantize(some, fmt)
+        encode = {"x": some, "fmt": fmt, "out": packed.copy(), "threads": threads}
+        repeated = np.resize(packed, (len(x), packed.shape[1]))
+        decode = {"packed": repeated, "fmt": fmt, "out": copy, "threads": threads}
+        cases[f"{fmt.key} quantize"] = (lambda kw=encode: tbq.quantize(**kw), some.size)
+        cases[f"{fmt.key} dequantize"] = (lambda kw=decode: tbq.dequantize(**kw), x.size)
     return cases
 
 
-def _time(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
+def _affordable_rows(fmt: tbq.Format, x: np.ndarray) -> int:
+    """Return how many rows one thread quantises in SECONDS, at least one."""
+    tbq.quantize(x[:1], fmt)
+    began = time.perf_counter()
+    tbq.quantize(x[:1], fmt)
+    return min(len(x), max(1, int(SECONDS / (time.perf_counter() - began))))
+
+
+def _time(cases: dict[str, Case], rounds: int) -> dict[str, list[float]]:
+    """Return the speeds of each case, values per second, one per round."""
+    speeds: dict[str, list[float]] = {name: [] for name in cases}
     for i in range(WARM_UPS + rounds):
-        for name, case in cases.items():
+        for name, (call, values) in cases.items():
             start = time.perf_counter()
-            case()
+            call()
             if i >= WARM_UPS:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+                speeds[name].append(values / (time.perf_counter() - start))
+    return speeds
 
 
-def _record(name: str, n: int, times: list[float], seconds: dict[str, list[float]]) -> dict:
-    verb = name.rpartition(" ")[2]
-    peer = f"gguf-py q4_0 {verb}"
-    median = statistics.median(times)
+def _record(name: str, n: int, values: int, speeds: dict[str, list[float]]) -> dict:
+    peer = f"gguf-py q4_0 {name.rpartition(' ')[2]}"
+    median = statistics.median(speeds[name])
     return {
         "case": name,
         "row": n,
-        "mvalues_per_s": VALUES / median / 1e6,
-        "min": VALUES / max(times) / 1e6,
-        "max": VALUES / min(times) / 1e6,
-        "float_gb_per_s": 4 * VALUES / median / 1e9,
-        "ratio_to_gguf_q4_0": statistics.median(seconds.get(peer, times)) / median,
-        "ratio_to_copy": statistics.median(seconds["copy"]) / median,
-        "rounds": len(times),
+        "values": values,
+        "mvalues_per_s": median / 1e6,
+        "min": min(speeds[name]) / 1e6,
+        "max": max(speeds[name]) / 1e6,
+        "float_gb_per_s": 4 * median / 1e9,
+        "ratio_to_gguf_q4_0": median / statistics.median(speeds.get(peer, speeds[name])),
+        "ratio_to_copy": median / statistics.median(speeds["copy"]),
+        "rounds": len(speeds[name]),
     }
 
 
