@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import tbq
 from tbq import bitpack, numerics, rotations
 from tbq.kernels import bitpack as kernel_bitpack
+from tbq.kernels import compile
 from tbq.kernels.compile import jit
 from tbq.kernels.numerics import fp16_to_fp32, fp32_to_fp16
 
@@ -94,6 +95,25 @@ def test_kernels_are_not_contracted_to_fma():
     y = np.empty(64, np.float32)
     multiply_add(np.full(64, np.float32(1) + e), y)
     assert (y == 0).all()
+
+
+def test_cached_kernels_notice_changes_in_other_files():
+    """A kernel inlines functions of other modules, so its cache is stamped with all of them."""
+    stamp = to_fp16._cache._cache_file._source_stamp
+    assert stamp == compile._sources_stamp()
+    assert {"kernels/numerics.py", "families/ktq.py", "rotations.py"} <= {
+        name for name, *_ in stamp
+    }
+
+
+def test_kernels_compile_where_nothing_can_be_cached(monkeypatch):
+    def njit(cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return lambda function: function
+
+    monkeypatch.setattr(compile.numba, "njit", njit)
+    assert compile.jit(len) is len
 
 
 def test_splitmix64_known_answer():

@@ -25,7 +25,7 @@ from tbq.kernels.lanes import (
 )
 from tbq.kernels.lanes import pack as pack_lanes
 from tbq.kernels.nearest import count_thresholds, squared, thresholds
-from tbq.kernels.numerics import fp16_to_fp32, fp32_to_fp16
+from tbq.kernels.numerics import corrected_scale, load_fp16, store_fp16
 
 WORD_STEP = np.float32(1.0 / 65536.0)
 
@@ -125,13 +125,11 @@ def _quantize(x, first, row_blocks, signs, levels, limits, stochastic, bits, pac
             out = packed[start + lane]
             if norm[lane] < TINY:
                 out[:] = 0
-                d = fp32_to_fp16(norm[lane])
+                store_fp16(norm[lane], out, 0)
             else:
+                store_fp16(corrected_scale(norm[lane], rn[lane]), out, 0)
                 store_codes(words, lane, bits, out)
                 store_word(sign_word[lane], out, 2 + 4 * bits)
-                corrected = norm[lane] / rn[lane] if rn[lane] > TINY else norm[lane]
-                d = fp32_to_fp16(corrected)
-            out[0], out[1] = np.uint8(d & 0xFF), np.uint8(d >> 8)
 
 
 @jit
@@ -146,7 +144,7 @@ def _dequantize(packed, levels, flip, bits, y):
         count = min(LANES, n - start)
         for lane in range(count):
             block = packed[start + lane]
-            d[lane] = fp16_to_fp32(np.uint16(block[0]) | np.uint16(block[1]) << 8)
+            d[lane] = load_fp16(block, 0)
             load_codes(block, bits, words, lane)
             sign_word[lane] = load_word(block, 2 + 4 * bits) ^ flip
         expand(words, bits, levels, v)

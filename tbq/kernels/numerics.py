@@ -11,6 +11,7 @@ from tbq.kernels.compile import jit
 
 HALF = np.float32(0.5)
 TWO_112 = np.float32(2.0**112)
+TINY = np.float32(1e-30)
 
 
 @jit
@@ -48,3 +49,22 @@ def fp16_to_fp32(h):
         scaled = np.float32(np.uint32(magnitude).view(np.float32) * TWO_112)
         wide = scaled.view(np.uint32)
     return np.uint32(sign | wide).view(np.float32)
+
+
+@jit
+def load_fp16(data, at):
+    """Return the float32 value of the binary16 at data[at : at + 2]."""
+    return fp16_to_fp32(np.uint16(data[at]) | np.uint16(data[at + 1]) << 8)
+
+
+@jit
+def store_fp16(x, out, at):
+    """Write a float32 as binary16 to out[at : at + 2]."""
+    bits = fp32_to_fp16(x)
+    out[at], out[at + 1] = np.uint8(bits & 0xFF), np.uint8(bits >> 8)
+
+
+@jit
+def corrected_scale(norm, reconstructed):
+    """Return what llama-tq multiplies codes by, so that the block keeps its norm."""
+    return norm / reconstructed if reconstructed > TINY else norm

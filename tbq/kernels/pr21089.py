@@ -21,7 +21,7 @@ from tbq.families.pr21089 import (
 from tbq.format import Format, RowKernels
 from tbq.kernels.bitpack import pack, unpack
 from tbq.kernels.compile import jit
-from tbq.kernels.numerics import fp16_to_fp32, fp32_to_fp16
+from tbq.kernels.numerics import load_fp16, store_fp16
 from tbq.rotations import QR_SIZE, qr_rotation
 
 PAIR = 2 * QK_K  # values of two blocks
@@ -88,9 +88,7 @@ def _quantize(x, columns, boundaries, bits, packed):
         start = (b % 2) * QK_K
         for j in range(QK_K):
             unit[start + j] = x[b, j] / clamped
-        d = fp32_to_fp16(clamped)
-        packed[b, -2] = np.uint8(d & 0xFF)
-        packed[b, -1] = np.uint8(d >> 8)
+        store_fp16(clamped, packed[b], packed.shape[1] - 2)
         if b % 2 or b == n - 1:
             _rotate_pair(columns, unit, rotated)
             for block in range(b - b % 2, b + 1):
@@ -120,7 +118,7 @@ def _dequantize(packed, rows, levels, bits, y):
             _rotate_pair(rows, r, u)
             for block in range(b - b % 2, b + 1):
                 start = (block % 2) * QK_K
-                d = fp16_to_fp32(np.uint16(packed[block, -2]) | np.uint16(packed[block, -1]) << 8)
+                d = load_fp16(packed[block], packed.shape[1] - 2)
                 for j in range(QK_K):
                     y[block, j] = u[start + j] * d
 

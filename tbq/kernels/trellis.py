@@ -33,7 +33,7 @@ from tbq.families.trellis import (
 )
 from tbq.format import Format, RowKernels
 from tbq.kernels.compile import jit
-from tbq.kernels.numerics import fp16_to_fp32, fp32_to_fp16
+from tbq.kernels.numerics import corrected_scale, load_fp16, store_fp16
 
 ONE = np.float32(1.0)
 HEAD = 4  # bytes of d and start
@@ -206,12 +206,6 @@ def pick_outliers(x, picked):
 
 
 @jit
-def _store_scale(value, block):
-    d = fp32_to_fp16(value)
-    block[0], block[1] = np.uint8(d & 0xFF), np.uint8(d >> 8)
-
-
-@jit
 def _norm(x):
     """Return f32(sqrt(sum of x^2)), summed in double."""
     total = np.float64(0.0)
@@ -226,10 +220,8 @@ def _extract_outliers(x, at, picked, block):
     n = picked.size
     for k in range(pick_outliers(x, picked)):
         position = picked[k]
-        value = fp32_to_fp16(x[position])
         block[at + k] = np.uint8(position)
-        block[at + n + 2 * k] = np.uint8(value & 0xFF)
-        block[at + n + 2 * k + 1] = np.uint8(value >> 8)
+        store_fp16(x[position], block, at + n + 2 * k)
         x[position] = np.float32(0.0)
 
 
@@ -246,8 +238,7 @@ def _store_walk(states, code, norm, bits, block):
         block[HEAD + (bit >> 3)] |= np.uint8(word & 0xFF)
         if word > 0xFF:
             block[HEAD + (bit >> 3) + 1] |= np.uint8(word >> 8)
-    rn = np.float32(np.sqrt(total))
-    _store_scale(norm / rn if rn > TINY else norm, block)
+    store_fp16(corrected_scale(norm, np.float32(np.sqrt(total))), block, 0)
 
 
 @jit
@@ -280,7 +271,7 @@ def _dequantize(packed, code, bits, count, y):
     corrupt = -1
     for b in range(packed.shape[0]):
         block = packed[b]
-        d = fp16_to_fp32(np.uint16(block[0]) | np.uint16(block[1]) << 8)
+        d = load_fp16(block, 0)
         if d == np.float32(0.0):
             y[b] = np.float32(0.0)
         else:
@@ -293,9 +284,8 @@ def _dequantize(packed, code, bits, count, y):
                     state = (stream >> np.uint64(bits * (k + 1))) & np.uint64(0xFFFF)
                     y[b, 8 * group + k] = code[state] * d
         for k in range(count):
-            low, high = block[at + count + 2 * k], block[at + count + 2 * k + 1]
             if block[at + k] < QK:
-                y[b, block[at + k]] = fp16_to_fp32(np.uint16(low) | np.uint16(high) << 8)
+                y[b, block[at + k]] = load_fp16(block, at + count + 2 * k)
             elif corrupt < 0:
                 corrupt = b
     return corrupt

@@ -12,20 +12,7 @@ from tbq.kernels.compile import jit
 from tbq.kernels.lanes import LANES, ONE, ZERO, expand, load, norms, store_codes
 from tbq.kernels.lanes import pack as pack_lanes
 from tbq.kernels.nearest import absolute, count_thresholds, squared, thresholds
-from tbq.kernels.numerics import fp16_to_fp32, fp32_to_fp16
-
-
-@jit
-def _store_scale(norm, rn, out):
-    d = fp32_to_fp16(norm / rn if rn > TINY else norm)
-    out[0], out[1] = np.uint8(d & 0xFF), np.uint8(d >> 8)
-
-
-@jit
-def _store_dead(norm, out):
-    out[:] = 0
-    d = fp32_to_fp16(norm)
-    out[0], out[1] = np.uint8(d & 0xFF), np.uint8(d >> 8)
+from tbq.kernels.numerics import corrected_scale, load_fp16, store_fp16
 
 
 @jit
@@ -51,13 +38,12 @@ def _quantize(x, levels, limits, bits, packed):
         norms(v, rn)
         for lane in range(count):
             out = packed[start + lane]
+            out[:] = 0
             if norm[lane] < TINY:
-                _store_dead(norm[lane], out)
-                continue
-            _store_scale(norm[lane], rn[lane], out)
-            store_codes(words, lane, bits, out)
-            for pad in range(2 + 4 * bits, out.size):
-                out[pad] = 0
+                store_fp16(norm[lane], out, 0)
+            else:
+                store_fp16(corrected_scale(norm[lane], rn[lane]), out, 0)
+                store_codes(words, lane, bits, out)
 
 
 @jit
@@ -65,7 +51,7 @@ def _dequantize_bits(packed, levels, bits, y):
     scaled = np.empty(levels.size, np.float32)
     mask = np.uint64((1 << bits) - 1)
     for b in range(packed.shape[0]):
-        d = fp16_to_fp32(np.uint16(packed[b, 0]) | np.uint16(packed[b, 1]) << 8)
+        d = load_fp16(packed[b], 0)
         for c in range(levels.size):
             scaled[c] = ZERO if d < TINY else levels[c] * d
         for group in range(4):
@@ -99,8 +85,9 @@ def _quantize_mixed(x, fine_levels, fine_limits, coarse_levels, coarse_limits, p
         for j in range(QK):
             total += x[b, j] * x[b, j]
         norm = np.sqrt(total)
+        packed[b] = 0
         if norm < TINY:
-            _store_dead(norm, packed[b])
+            store_fp16(norm, packed[b], 0)
             continue
         inverse = ONE / norm
         total = ZERO
@@ -116,7 +103,7 @@ def _quantize_mixed(x, fine_levels, fine_limits, coarse_levels, coarse_limits, p
         pack(fine, 3, packed[b, 2:5])
         pack(slots[:24], 2, packed[b, 5:11])
         packed[b, 11] = slots[24]
-        _store_scale(norm, np.sqrt(total), packed[b])
+        store_fp16(corrected_scale(norm, np.sqrt(total)), packed[b], 0)
 
 
 @jit
@@ -124,7 +111,7 @@ def _dequantize_mixed(packed, fine_levels, coarse_levels, y):
     fine = np.empty(8, np.uint8)
     slots = np.zeros(25, np.uint8)
     for b in range(packed.shape[0]):
-        d = fp16_to_fp32(np.uint16(packed[b, 0]) | np.uint16(packed[b, 1]) << 8)
+        d = load_fp16(packed[b], 0)
         unpack(packed[b, 2:5], 3, fine)
         unpack(packed[b, 5:11], 2, slots[:24])
         slots[24] = packed[b, 11] & 3

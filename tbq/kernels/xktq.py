@@ -17,17 +17,10 @@ from tbq.kernels.lanes import (
     load_word,
     norms,
 )
-from tbq.kernels.numerics import fp16_to_fp32, fp32_to_fp16
+from tbq.kernels.numerics import corrected_scale, load_fp16, store_fp16
 
 BITS = 2
 LEVELS = CODEBOOKS[BITS] * SCALE
-
-
-@jit
-def _store_scale(value, block):
-    block[:] = 0
-    d = fp32_to_fp16(value)
-    block[0], block[1] = np.uint8(d & 0xFF), np.uint8(d >> 8)
 
 
 @jit
@@ -39,7 +32,8 @@ def _quantize_alone(x, packed):
         load(x, start, count, v)
         norms(v, norm)
         for lane in range(count):
-            _store_scale(norm[lane], packed[start + lane])
+            packed[start + lane] = 0
+            store_fp16(norm[lane], packed[start + lane], 0)
 
 
 @jit
@@ -65,8 +59,10 @@ def quantize_paired(x, siblings, levels, packed):
         _expand_siblings(siblings, start, count, levels, words, v)
         norms(v, rn)
         for lane in range(count):
-            corrects = rn[lane] > TINY and not norm[lane] < TINY
-            _store_scale(norm[lane] / rn[lane] if corrects else norm[lane], packed[start + lane])
+            dead = norm[lane] < TINY
+            scale = norm[lane] if dead else corrected_scale(norm[lane], rn[lane])
+            packed[start + lane] = 0
+            store_fp16(scale, packed[start + lane], 0)
 
 
 @jit
@@ -78,8 +74,7 @@ def dequantize_paired(packed, siblings, levels, y):
         count = min(LANES, y.shape[0] - start)
         _expand_siblings(siblings, start, count, levels, words, v)
         for lane in range(count):
-            block = packed[start + lane]
-            d = fp16_to_fp32(np.uint16(block[0]) | np.uint16(block[1]) << 8)
+            d = load_fp16(packed[start + lane], 0)
             signs = load_word(siblings[start + lane], 2 + 4 * BITS)
             for j in range(QK):
                 signed = d if signs & np.int32(1 << j) else -d
