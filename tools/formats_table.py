@@ -24,7 +24,10 @@ The arithmetic of each family, step by step, is the docstring of its module in `
 def formats_table() -> str:
     """Return the document."""
     rows = "".join(_row(fmt) for fmt in tbq.formats())
-    sources = "".join(f"* `{fmt.key}`: {fmt.source}. {fmt.notes}\n" for fmt in tbq.formats())
+    alike: dict[str, list[str]] = {}
+    for fmt in tbq.formats():
+        alike.setdefault(f"{fmt.source}. {fmt.notes}", []).append(f"`{fmt.key}`")
+    sources = "".join(f"* {', '.join(keys)}: {text}\n" for text, keys in alike.items())
     return f"{HEAD}{rows}\n## Sources and notes\n\n{sources}"
 
 

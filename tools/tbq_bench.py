@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("formats", metavar="FORMAT", nargs="*", help="default: all registered formats")
-    add("--rows", metavar="N,N", default="256,4096", help="row lengths; default 256,4096")
+    add("--rows", metavar="N,N", default="256,1024,4096", help="row lengths; default 256,1024,4096")
     add("--threads", metavar="N", type=int, default=1, help="worker threads; default 1")
     add("--rounds", metavar="N", type=int, default=9, help="timed runs per case; default 9")
     add("--out", metavar="FILE", help="append one JSON line per case to FILE")
