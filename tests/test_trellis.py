@@ -1,7 +1,7 @@
 """The fast trellis search against the plain one, where rounding and ties decide.
 
 In CI a sample. `TBQ_FULL=1 python -m pytest tests/test_trellis.py -s` runs 2 000 random blocks per
-K and many more adversarial ones (about ten minutes on two cores) and prints a summary.
+K and many more adversarial ones (a quarter of an hour on two cores) and prints a summary.
 """
 
 import os
@@ -62,11 +62,10 @@ def walks(x, bits):
     with np.errstate(all="ignore"):
         norm = np.sqrt((x.astype(np.float64) ** 2).sum()).astype(np.float32)
         u = x * (np.float32(1) / norm)
-    groups = 1 << (16 - bits)
     fast, plain = np.empty(129, np.int64), np.empty(129, np.int64)
-    kept, scratch = np.empty((64, groups), np.float32), np.empty((2, groups), np.float32)
     code = trellis.code_table()
-    kernels.search(u, code, kernels._by_branch(bits), bits, kept, scratch, fast)
+    scratch = kernels.make_scratch(bits)
+    kernels.search(u, code, kernels._by_branch(bits), bits, scratch, fast)
     best_walk(u, code, bits, plain)
     return fast, plain
 
@@ -144,11 +143,11 @@ def test_outliers_survive_exactly(name, rng):
 
 
 def test_memory_per_thread():
-    """Scratch of one search, K = 2 being the largest: at most 8 MiB with the tables."""
-    groups = 1 << 14
-    scratch = 64 * groups * 4 + 2 * groups * 4
-    tables = 2 * trellis.code_table().nbytes
-    assert scratch + tables < 8 << 20
+    """What one search writes to and reads, at most 8 MiB."""
+    for bits in (2, 3, 4):
+        scratch = sum(array.nbytes for array in kernels.make_scratch(bits))
+        tables = trellis.code_table().nbytes + kernels._by_branch(bits).nbytes
+        assert scratch + tables < 8 << 20
 
 
 def test_outliers_outside_the_block_are_refused(rng):

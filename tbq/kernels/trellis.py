@@ -38,11 +38,16 @@ from tbq.kernels.numerics import corrected_scale, load_fp16, store_fp16
 ONE = np.float32(1.0)
 HEAD = 4  # bytes of d and start
 
+# The search reads 2P streams at once. Without these paddings (in floats) their distances would be
+# multiples of 4 KiB, all streams would fall into one set of the L1 cache and evict each other.
+CODE_PAD, MINIMA_PAD = 80, 16
+
 
 def _make_step(bits: int):
     """Return the two inner loops of the search with K as a constant, so that they unroll."""
     fan, groups = 1 << bits, STATES >> bits
     heads = groups // fan  # groups whose states share their top K bits
+    code_stride, stride = groups + CODE_PAD, heads + MINIMA_PAD
 
     @jit
     def minimise(u, by_branch, spread, minima):
@@ -51,8 +56,8 @@ def _make_step(bits: int):
             for h in range(heads):
                 least = FLT_MAX
                 for j in range(fan):
-                    error = u - by_branch[j * groups + first + h]
-                    cost = spread[j * heads + h] + error * error
+                    error = u - by_branch[j * code_stride + first + h]
+                    cost = spread[j * stride + h] + error * error
                     least = cost if cost < least else least
                 minima[first + h] = least
 
@@ -60,7 +65,7 @@ def _make_step(bits: int):
     def reorder(minima, spread):
         for h in range(heads):
             for j in range(fan):
-                spread[j * heads + h] = minima[h * fan + j]
+                spread[j * stride + h] = minima[h * fan + j]
 
     return minimise, reorder
 
@@ -74,9 +79,9 @@ _minimise4, _reorder4 = _make_step(4)
 def step(u, by_branch, bits, spread, minima):
     """Set minima (G,) to the least cost of each group after u.
 
-    by_branch[j*G + g] is code[g*P + j]. spread[j*G/P + h] is the minimum of group h*P + j, before
-    the call that of the step before, after it that of this one. Every access of the loop is then
-    contiguous over g and h.
+    by_branch holds code[g*P + j] as [j, g], spread the minimum of group h*P + j as [j, h], both
+    flat and padded: before the call that of the step before, after it that of this one. Every
+    access of the loop is then contiguous over g and h.
     """
     if bits == 2:
         _minimise2(u, by_branch, spread, minima)
@@ -157,12 +162,12 @@ def last_state(u, code, minima, bits, least):
 
 
 @jit
-def search(u, code, by_branch, bits, kept, scratch, states):
-    """Set states (129,) to the best walk for u (128,); kept (64, G) and scratch (2, G) are scratch.
+def search(u, code, by_branch, bits, scratch, states):
+    """Set states (129,) to the best walk for u (128,); scratch is what `make_scratch` returns.
 
-    kept[k] receives the group minima at step 2k; those of odd steps pass through scratch.
+    kept[k] receives the group minima at step 2k; those of odd steps pass through `odd`.
     """
-    spread, odd = scratch[0], scratch[1]
+    kept, odd, spread = scratch
     spread[:] = np.float32(0.0)
     kept[0] = np.float32(0.0)
     for i in range(QK - 1):
@@ -179,10 +184,17 @@ def search(u, code, by_branch, bits, kept, scratch, states):
 
 @cache
 def _by_branch(bits: int) -> np.ndarray:
-    """Return the code table as the search reads it: [j*groups + g] = code[g*fan + j]."""
-    table = np.ascontiguousarray(code_table().reshape(-1, 1 << bits).T).reshape(-1)
+    """Return the code table as the search reads it: [j, g] = code[g*P + j], padded and flat."""
+    table = np.pad(code_table().reshape(-1, 1 << bits).T, ((0, 0), (0, CODE_PAD))).reshape(-1)
     table.setflags(write=False)
     return table
+
+
+def make_scratch(bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the arrays that one search writes to: kept minima, odd minima, spread minima."""
+    fan, groups = 1 << bits, STATES >> bits
+    spread = np.empty(fan * (groups // fan + MINIMA_PAD), np.float32)
+    return np.empty((QK // 2, groups), np.float32), np.empty(groups, np.float32), spread
 
 
 @jit
@@ -242,7 +254,7 @@ def _store_walk(states, code, norm, bits, block):
 
 
 @jit
-def _quantize(x, code, by_branch, bits, count, kept, scratch, packed):
+def _quantize(x, code, by_branch, bits, count, scratch, packed):
     """Quantise x (n, 128) to packed (n, block_bytes)."""
     u = np.empty(QK, np.float32)
     states = np.empty(QK + 1, np.int64)
@@ -260,7 +272,7 @@ def _quantize(x, code, by_branch, bits, count, kept, scratch, packed):
         inverse = ONE / norm
         for j in range(QK):
             u[j] *= inverse
-        search(u, code, by_branch, bits, kept, scratch, states)
+        search(u, code, by_branch, bits, scratch, states)
         _store_walk(states, code, norm, bits, block)
 
 
@@ -297,11 +309,8 @@ def kernels(fmt: Format) -> RowKernels:
     code = code_table()
 
     def quantize(x, packed, first_block):
-        groups = STATES >> bits
-        kept = np.empty((QK // 2, groups), np.float32)
-        scratch = np.empty((2, groups), np.float32)
         blocks = packed.reshape(-1, fmt.block_bytes)
-        tables = (code, _by_branch(bits), bits, count, kept, scratch)
+        tables = (code, _by_branch(bits), bits, count, make_scratch(bits))
         _quantize(x.reshape(-1, QK), *tables, blocks)
 
     def dequantize(packed, y):
