@@ -60,6 +60,8 @@ def bench(args: argparse.Namespace) -> int:
         raise InputError("--rows", args.rows, "row lengths such as 256,4096") from None
     if args.rounds < 1 or args.threads < 1:
         raise InputError("--rounds, --threads", f"{args.rounds}, {args.threads}", "at least 1")
+    if args.out:
+        open(args.out, "a").close()  # fails now rather than after minutes
     wrong = [fmt.key for fmt in formats if not _is_exact(fmt)]
     if wrong:
         print(f"tbq-bench: error: not exact, not timed: {', '.join(wrong)}", file=sys.stderr)
