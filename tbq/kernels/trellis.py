@@ -18,6 +18,7 @@ The decoder reads each state as a 16-bit window of the stream; no value waits fo
 
 from __future__ import annotations
 
+import threading
 from functools import cache
 
 import numpy as np
@@ -197,6 +198,21 @@ def make_scratch(bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.empty((QK // 2, groups), np.float32), np.empty(groups, np.float32), spread
 
 
+class _Scratch(threading.local):
+    """The scratch of each thread, kept between calls, so that its pages are touched only once."""
+
+    def __init__(self) -> None:
+        self.by_bits: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+
+    def get(self, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if bits not in self.by_bits:
+            self.by_bits[bits] = make_scratch(bits)
+        return self.by_bits[bits]
+
+
+_scratch = _Scratch()
+
+
 @jit
 def pick_outliers(x, picked):
     """Set picked (n,) to the ascending positions of the largest |x| and return how many."""
@@ -310,7 +326,7 @@ def kernels(fmt: Format) -> RowKernels:
 
     def quantize(x, packed, first_block):
         blocks = packed.reshape(-1, fmt.block_bytes)
-        tables = (code, _by_branch(bits), bits, count, make_scratch(bits))
+        tables = (code, _by_branch(bits), bits, count, _scratch.get(bits))
         _quantize(x.reshape(-1, QK), *tables, blocks)
 
     def dequantize(packed, y):
