@@ -49,18 +49,20 @@ def _make_step(bits: int):
     fan, groups = 1 << bits, STATES >> bits
     heads = groups // fan  # groups whose states share their top K bits
     code_stride, stride = groups + CODE_PAD, heads + MINIMA_PAD
+    width = min(heads, 1024)
 
     @jit
     def minimise(u, by_branch, spread, minima):
-        for top in range(fan):
-            first = top * heads
-            for h in range(heads):
-                least = FLT_MAX
-                for j in range(fan):
-                    error = u - by_branch[j * code_stride + first + h]
-                    cost = spread[j * stride + h] + error * error
-                    least = cost if cost < least else least
-                minima[first + h] = least
+        for chunk in range(0, heads, width):  # which stays in the L1 cache for all values of top
+            for top in range(fan):
+                first = top * heads + chunk
+                for h in range(width):
+                    least = FLT_MAX
+                    for j in range(fan):
+                        error = u - by_branch[j * code_stride + first + h]
+                        cost = spread[j * stride + chunk + h] + error * error
+                        least = cost if cost < least else least
+                    minima[first + h] = least
 
     @jit
     def reorder(minima, spread):
