@@ -97,7 +97,7 @@ class Field:
             InputError: GGUF has no type for the value, or it does not fit.
         """
         if isinstance(value, (str, bytes)):
-            raw = struct.pack("<I", GGUFValueType.STRING) + _string(value)
+            raw = struct.pack("<I", GGUFValueType.STRING) + pack_string(value)
             return cls(GGUFValueType.STRING, None, memoryview(raw))
         is_array = isinstance(value, (Sequence, np.ndarray))
         if is_array and len(value) and all(isinstance(v, (str, bytes)) for v in value):
@@ -117,7 +117,7 @@ class Field:
         starts = array("Q")
         for value in values:
             starts.append(len(raw))
-            raw += _string(value)
+            raw += pack_string(value)
         return cls(GGUFValueType.ARRAY, GGUFValueType.STRING, memoryview(bytes(raw)), starts)
 
 
@@ -127,7 +127,8 @@ def _numbers(data: memoryview, kind: GGUFValueType) -> np.ndarray:
     return np.frombuffer(data, SCALARS[kind])
 
 
-def _string(value: str | bytes) -> bytes:
+def pack_string(value: str | bytes) -> bytes:
+    """Return a GGUF string: its length and its bytes."""
     data = value if isinstance(value, bytes) else value.encode("utf-8", errors="surrogateescape")
     return struct.pack("<Q", len(data)) + data
 

@@ -20,7 +20,7 @@ from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFValueType
 
 from gguf_io.atomic import AtomicFiles
 from gguf_io.dialects import DIALECT_KEY
-from gguf_io.metadata import Field, Metadata
+from gguf_io.metadata import Field, Metadata, pack_string
 from gguf_io.parser import MAGIC, MAX_DIMS, MAX_NAME
 from gguf_io.reader import SPLIT_KEYS, GgufTensor, split_path
 from gguf_io.types import FIRST_FORK_ID, TensorType, Unknown, resolve_type, row_bytes
@@ -208,7 +208,7 @@ def _alignment(fields: dict[str, Field]) -> int:
 def _header(fields: dict[str, Field], tensors: list[OutputTensor], alignment: int) -> bytes:
     parts = [MAGIC, struct.pack("<IQQ", GGUF_VERSION, len(tensors), len(fields))]
     for key, value in fields.items():
-        parts += [_string(key), bytes(value.raw)]
+        parts += [pack_string(key), bytes(value.raw)]
     offset = 0
     names = set()
     for tensor in tensors:
@@ -216,17 +216,12 @@ def _header(fields: dict[str, Field], tensors: list[OutputTensor], alignment: in
         names.add(tensor.name)
         ne = tensor.shape[::-1]
         parts += [
-            _string(tensor.name),
+            pack_string(tensor.name),
             struct.pack(f"<I{len(ne)}Q", len(ne), *ne),
             struct.pack("<IQ", tensor.format.type_id, offset),
         ]
         offset += -(-tensor.n_bytes // alignment) * alignment
     return b"".join(parts)
-
-
-def _string(text: str) -> bytes:
-    data = text.encode("utf-8", errors="surrogateescape")
-    return struct.pack("<Q", len(data)) + data
 
 
 def _check(tensor: OutputTensor, names: set[str]) -> None:

@@ -298,7 +298,8 @@ def test_chunks_and_threads_change_no_byte(tmp_path, quantize, monkeypatch):
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
 
-def test_unknown_types_are_carried_along(tmp_path, quantize):
+def test_unknown_types_are_carried_along(tmp_path, quantize, monkeypatch):
+    monkeypatch.setattr(tbq_quantize, "CHUNK_VALUES", 64)  # more than one chunk of rows
     source = tmp_path / "in.gguf"
     records = [g.tensor("x.weight", (256, 2)), g.tensor("u", (64, 2), 99, 2048)]
     source.write_bytes(g.gguf_file([], records, bytes(2048) + bytes(range(100)) * 2))

@@ -152,7 +152,7 @@ def convert(args: argparse.Namespace) -> int:
     from gguf_io import open_gguf
     from gguf_io.types import row_bytes
 
-    from .type_policy import choose_types
+    from .type_policy import choose_types, is_quantized
 
     if args.threads is not None and args.threads < 1:
         raise InputError("--threads", str(args.threads), "at least 1")
@@ -161,7 +161,7 @@ def convert(args: argparse.Namespace) -> int:
         job = Job(args, file, options, _output_paths(args, options, file))
         if file.dialect_guessed:
             job.note(f"reading {args.input} as dialect {file.dialect}: {file.dialect_reason}")
-        if options.overrides and (options.pure or not _is_quantized(options.target)):
+        if options.overrides and (options.pure or not is_quantized(options.target)):
             job.note("--tensor-type is ignored with --pure and with types that are not quantised")
         for choice in choose_types(file, options, _order(file, args.keep_split)):
             tensor = choice.tensor
@@ -208,12 +208,6 @@ def _pattern(flag: str, text: str) -> re.Pattern:
         return re.compile(text)
     except re.error as error:
         raise InputError(flag, text, f"a regular expression ({error})") from None
-
-
-def _is_quantized(kind) -> bool:
-    from .type_policy import is_quantized
-
-    return is_quantized(kind)
 
 
 def _output_paths(args: argparse.Namespace, options: Options, file: GgufFile) -> list[Path]:
@@ -306,7 +300,11 @@ def _output_tensor(job: Job, result: Result, progress: console.Progress) -> Outp
 
 
 def _row_chunks(tensor: GgufTensor) -> Iterator[tuple[int, int]]:
-    step = max(1, CHUNK_VALUES // tensor.ggml_shape[0])
+    """Yield the rows piece by piece; in one piece if its bytes are not known to fall into rows."""
+    from gguf_io import Unknown
+
+    is_unknown = isinstance(tensor.format, Unknown)
+    step = tensor.n_rows if is_unknown else max(1, CHUNK_VALUES // tensor.ggml_shape[0])
     for start in range(0, tensor.n_rows, step):
         yield start, min(start + step, tensor.n_rows)
 
@@ -318,7 +316,6 @@ def _convert_rows(job: Job, result: Result, start: int, stop: int):
 
     tensor, kind = result.choice.tensor, result.choice.type
     if not result.choice.converts:
-        # An Unknown type's bytes are not known to be divisible into rows.
         return tensor.raw if isinstance(kind, Unknown) else tensor.rows(start, stop)
     threads = job.args.threads
     x = tensor.dequantize_rows(start, stop, threads=threads)
