@@ -23,6 +23,14 @@ def fp16_bits(x: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(x), (bits & 0x8000) | 0x7E00, bits).astype(np.uint16)
 
 
+def symmetric(*positive: float) -> np.ndarray:
+    """Return the ascending table of these positive entries and their negatives, read-only."""
+    half = np.array(positive, np.float32)
+    table = np.concatenate([-half[::-1], half])
+    table.setflags(write=False)
+    return table
+
+
 def ordered_sum(terms: np.ndarray) -> np.ndarray:
     """Sum float32 over the last axis in index order, one rounding per addition, from 0.0f."""
     total = np.zeros(terms.shape[:-1], np.float32)

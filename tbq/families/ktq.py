@@ -44,7 +44,7 @@ import numpy as np
 
 from tbq.bitpack import pack, unpack
 from tbq.format import Format
-from tbq.numerics import fnv1a, fp16_bits, fwht, ordered_sum, philox6
+from tbq.numerics import fnv1a, fp16_bits, fwht, ordered_sum, philox6, symmetric
 
 QK = 32
 SCALE = np.float32(1.0) / np.sqrt(np.float32(32.0))
@@ -52,20 +52,12 @@ TINY = np.float32(1e-30)
 CUDA = "llama-tq-cuda"
 
 
-def codebook(*positive: float) -> np.ndarray:
-    """Return the symmetric table with these positive entries, float32, read-only."""
-    half = np.array(positive, np.float32)
-    table = np.concatenate([-half[::-1], half])
-    table.setflags(write=False)
-    return table
-
-
 # source: ggml-quants.c at 0f57a4ee6; decimals as written there
 CODEBOOKS = {
-    1: codebook(0.797885),
-    2: codebook(0.451428, 1.489560),
-    3: codebook(0.242405, 0.745325, 1.314996, 2.071926),
-    4: codebook(0.128395, 0.388048, 0.656759, 0.942340, 1.256231, 1.618046, 2.069017, 2.732590),
+    1: symmetric(0.797885),
+    2: symmetric(0.451428, 1.489560),
+    3: symmetric(0.242405, 0.745325, 1.314996, 2.071926),
+    4: symmetric(0.128395, 0.388048, 0.656759, 0.942340, 1.256231, 1.618046, 2.069017, 2.732590),
 }
 
 
@@ -149,30 +141,23 @@ def dequantize_ref(fmt: Format, blocks: np.ndarray) -> np.ndarray:
     plus = 0 if fmt.dialect == CUDA else 1
     with np.errstate(all="ignore"):
         d = blocks["d"].astype(np.float32)[:, None]
-        codes = unpack(blocks["qs"], code_bits(fmt))
-        sign = np.where(unpack(blocks["sb"], 1) == plus, np.float32(1), np.float32(-1))
-        y = fwht(CODEBOOKS[code_bits(fmt)][codes] * SCALE) * SCALE * sign * d
-        return np.where(d < TINY, np.float32(0), y)
+        return np.where(d < TINY, np.float32(0), unscaled(blocks, code_bits(fmt), plus) * d)
 
 
-def paired_scale_ref(x: np.ndarray, sibling: np.ndarray) -> np.ndarray:
-    """Return the float16 bits of xktq2_1 scales for x (n, 32) beside ktq2_1 blocks (n,)."""
-    with np.errstate(all="ignore"):
-        norm = np.sqrt(ordered_sum(x * x))
-        corrected = corrected_scale(norm, unscaled(sibling))
-        return np.where(norm < TINY, fp16_bits(norm), corrected)
-
-
-def unscaled(sibling: np.ndarray) -> np.ndarray:
-    """Return what the codes and signs of ktq2_1 blocks (n,) decode to before scaling, (n, 32)."""
-    sign = np.where(unpack(sibling["sb"], 1) == 1, np.float32(1), np.float32(-1))
-    return fwht(CODEBOOKS[2][unpack(sibling["qs"], 2)] * SCALE) * SCALE * sign
+def unscaled(blocks: np.ndarray, bits: int = 2, plus: int = 1) -> np.ndarray:
+    """Return what codes and signs of ktq blocks (n,) decode to before scaling, (n, 32)."""
+    sign = np.where(unpack(blocks["sb"], 1) == plus, np.float32(1), np.float32(-1))
+    return fwht(CODEBOOKS[bits][unpack(blocks["qs"], bits)] * SCALE) * SCALE * sign
 
 
 def quantize_paired_ref(fmt: Format, x: np.ndarray, sibling: np.ndarray) -> np.ndarray:
     """Quantise float32 (n, 32) beside ktq2_1 blocks (n,) to xktq2_1 blocks (n,)."""
     blocks = np.zeros(len(x), fmt.block)
-    blocks["d"] = paired_scale_ref(x, sibling).view(np.float16)
+    with np.errstate(all="ignore"):
+        norm = np.sqrt(ordered_sum(x * x))
+        corrected = corrected_scale(norm, unscaled(sibling))
+        d = np.where(norm < TINY, fp16_bits(norm), corrected)
+    blocks["d"] = d.view(np.float16)
     return blocks
 
 

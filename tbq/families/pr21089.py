@@ -37,7 +37,7 @@ import numpy as np
 
 from tbq.bitpack import pack, unpack
 from tbq.format import Format
-from tbq.numerics import fp16_bits, ordered_sum
+from tbq.numerics import fp16_bits, ordered_sum, symmetric
 from tbq.rotations import QR_SIZE, qr_rotation
 
 QK_K = 256
@@ -46,15 +46,8 @@ SCALE_UP = np.float32(16.0)  # sqrtf(256)
 SCALE_DOWN = np.float32(0.0625)  # 1 / sqrtf(256)
 
 
-def _mirrored(*positive: float) -> np.ndarray:
-    half = np.array(positive, np.float32)
-    table = np.concatenate([-half[::-1], half])
-    table.setflags(write=False)
-    return table
-
-
 def _boundaries(*positive: float) -> np.ndarray:
-    half = _mirrored(*positive)
+    half = symmetric(*positive)
     table = np.insert(half, len(positive), np.float32(0.0))
     table.setflags(write=False)
     return table
@@ -62,8 +55,8 @@ def _boundaries(*positive: float) -> np.ndarray:
 
 # source: ggml-turboq-tables.h at f112d6de7; decimals as written there
 CODEBOOKS = {
-    3: _mirrored(0.2451, 0.7560, 1.3440, 2.1520),
-    4: _mirrored(0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6180, 2.0690, 2.7326),
+    3: symmetric(0.2451, 0.7560, 1.3440, 2.1520),
+    4: symmetric(0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6180, 2.0690, 2.7326),
 }
 BOUNDARIES = {
     3: _boundaries(0.5006, 1.0500, 1.7480),

@@ -36,12 +36,12 @@ import numpy as np
 
 from tbq.bitpack import pack, unpack
 from tbq.families import ktq
-from tbq.families.ktq import CUDA, QK, SCALE, TINY, code_bits, codebook, corrected_scale, nearest
+from tbq.families.ktq import CUDA, QK, SCALE, TINY, code_bits, corrected_scale, nearest
 from tbq.format import Format
-from tbq.numerics import fp16_bits, ordered_sum
+from tbq.numerics import fp16_bits, ordered_sum, symmetric
 
 # source: ggml-quants.c at 0f57a4ee6; only the 2-bit table differs from that of the keys
-CODEBOOKS = ktq.CODEBOOKS | {2: codebook(0.395, 1.81)}
+CODEBOOKS = ktq.CODEBOOKS | {2: symmetric(0.395, 1.81)}
 
 # vtq_mixed: positions of the 3-bit values, and of the rest.
 FINE = np.arange(0, QK, 4)

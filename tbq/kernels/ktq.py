@@ -58,7 +58,7 @@ def _philox6(counter, key):
 
 
 @jit
-def _choose_nearest(r, bits, limits, codes):
+def _choose_nearest(r, limits, codes):
     for j in range(QK):
         for lane in range(LANES):
             codes[j, lane] = count_thresholds(r[j, lane], limits)
@@ -116,7 +116,7 @@ def _quantize(x, first, row_blocks, signs, levels, limits, stochastic, bits, pac
                 for lane in range(count):
                     codes[j, lane] = _draw(v[j, lane], _philox6(QK + j, seed[lane]), levels)
         else:
-            _choose_nearest(v, bits, limits, codes)
+            _choose_nearest(v, limits, codes)
         pack_lanes(codes, bits, words)
         expand(words, bits, levels, v)
         fwht(v, SCALE)  # the signs do not matter to the norm
