@@ -15,7 +15,14 @@ import numpy as np
 import tbq
 from gguf_io.parser import ParsedFile, TensorRecord
 from gguf_io.types import FIRST_FORK_ID, TensorType, Unknown, ggml_types
-from tbq import FileFormatError, Format, UnknownFormatError
+from tbq import (
+    AmbiguousTypeError,
+    FileFormatError,
+    Format,
+    InputError,
+    TbqError,
+    UnknownFormatError,
+)
 from tbq.registry import BACKEND_OF
 
 DIALECT_KEY = "tbq.dialect"
@@ -47,9 +54,7 @@ def choose_dialect(files: list[ParsedFile], given: str | None) -> DialectChoice:
         FileFormatError: `given` does not fit the file.
     """
     if given is not None:
-        given = given.lower()
-        if given not in tbq.dialects():
-            raise UnknownFormatError(given, tbq.dialects(), "tbq.dialects()")
+        given = checked_dialect(given)
         misfit = _misfit(files, given)
         if misfit:
             raise FileFormatError(files[0].path, None, f"dialect {given} does not fit: {misfit}")
@@ -64,7 +69,18 @@ def choose_dialect(files: list[ParsedFile], given: str | None) -> DialectChoice:
     if stated is not None:
         reason = f"the file states {DIALECT_KEY} = {stated!r}, which is not registered or misfits"
         return DialectChoice(None, reason)
-    fitting = [d for d in tbq.dialects() if not _misfit(files, d)]
+    return guess_dialect([d for d in tbq.dialects() if not _misfit(files, d)], ids)
+
+
+def checked_dialect(given: str) -> str:
+    """Return a dialect's name in lower case; UnknownFormatError if it is not registered."""
+    if given.lower() not in tbq.dialects():
+        raise UnknownFormatError(given, tbq.dialects(), "tbq.dialects()")
+    return given.lower()
+
+
+def guess_dialect(fitting: list[str], ids: list[int]) -> DialectChoice:
+    """Choose among the dialects whose types fit the fork's type ids of a file."""
     candidates = tuple(d for d in fitting if BACKEND_OF.get(d) not in fitting)
     if len(candidates) == 1:
         reason = f"the only registered dialect whose sizes and scales fit type ids {ids}"
@@ -79,6 +95,16 @@ def tensor_type(type_id: int, dialect: str | None) -> TensorType:
         if fmt.dialect == dialect and fmt.type_id == type_id:
             return fmt
     return ggml_types().get(type_id) or Unknown(type_id)
+
+
+def undecodable(kind: Unknown, what: str, choice: DialectChoice) -> TbqError:
+    """Return the error for values of `what` whose type id the chosen dialect does not explain."""
+    if choice.candidates:
+        keys = [tensor_type(kind.type_id, d).key for d in choice.candidates]
+        given = f"type id {kind.type_id} of tensor {what!r}"
+        return AmbiguousTypeError(given, keys, "pass dialect=")
+    got = f"{kind.name} ({choice.reason})"
+    return InputError(f"tensor {what!r}", got, "a type that can be decoded")
 
 
 def _misfit(files: list[ParsedFile], dialect: str) -> str | None:
@@ -116,11 +142,16 @@ def _size_misfit(file: ParsedFile, record: TensorRecord, fmt: Format, stop: int)
 
 
 def _scale_misfit(file: ParsedFile, record: TensorRecord, fmt: Format) -> str | None:
-    """A scale is never negative: half of all wrongly placed ones would be."""
-    n = min(SAMPLED_BLOCKS, math.prod(record.ne) // fmt.block_values)
-    start = file.data_start + record.offset
-    blocks = np.frombuffer(file.map, fmt.block, count=n, offset=start)
-    for name in fmt.scales:
-        if (blocks[name] < 0).any():
-            return f"{record.name!r} has negative scales where {fmt.key} keeps its norms"
+    n = math.prod(record.ne) // fmt.block_values
+    if has_negative_scales(fmt, file.map, file.data_start + record.offset, n):
+        return f"{record.name!r} has negative scales where {fmt.key} keeps its norms"
     return None
+
+
+def has_negative_scales(fmt: Format, buffer, start: int, n: int) -> bool:
+    """Tell from the first of n blocks whether they cannot be of this format.
+
+    A scale is never negative: half of all wrongly placed ones would be.
+    """
+    blocks = np.frombuffer(buffer, fmt.block, count=min(SAMPLED_BLOCKS, n), offset=start)
+    return any((blocks[name] < 0).any() for name in fmt.scales)

@@ -63,11 +63,7 @@ class ParsedFile:
 
     def release(self, start: int, stop: int) -> None:
         """Tell the kernel that the pages of [start, stop) are not needed for now."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-            last = stop // mmap.PAGESIZE * mmap.PAGESIZE
-            if last > first:
-                self.map.madvise(mmap.MADV_DONTNEED, first, last - first)
+        release_pages(self.map, start, stop)
 
 
 def map_file(path: str | os.PathLike) -> mmap.mmap:
@@ -84,6 +80,15 @@ def map_file(path: str | os.PathLike) -> mmap.mmap:
         if status.st_size == 0:
             raise FileFormatError(path, 0, "the file is empty")
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def release_pages(mapped: mmap.mmap, start: int, stop: int) -> None:
+    """Tell the kernel that the pages of [start, stop) are not needed for now."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = stop // mmap.PAGESIZE * mmap.PAGESIZE
+        if last > first:
+            mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def parse(path: str | os.PathLike) -> ParsedFile:

@@ -11,11 +11,17 @@ from pathlib import Path
 
 import numpy as np
 
-from gguf_io.dialects import DialectChoice, choose_dialect, extents, tensor_type
+from gguf_io.dialects import (
+    DialectChoice,
+    choose_dialect,
+    extents,
+    tensor_type,
+    undecodable,
+)
 from gguf_io.metadata import Metadata
 from gguf_io.parser import ParsedFile, TensorRecord, parse
 from gguf_io.types import TensorType, Unknown, dequantize_rows, row_bytes
-from tbq import AmbiguousTypeError, FileFormatError, InputError
+from tbq import FileFormatError, InputError
 
 SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 _SPLIT_NAME = re.compile(r"(?P<prefix>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf")
@@ -81,12 +87,7 @@ class GgufTensor:
     def dequantize_rows(self, start: int, stop: int, *, threads: int | None = None) -> np.ndarray:
         """Dequantise rows [start, stop) to float32 (rows, n); see `dequantize`."""
         if isinstance(self.format, Unknown):
-            if self._choice.candidates:
-                keys = [tensor_type(self.type_id, d).key for d in self._choice.candidates]
-                given = f"type id {self.type_id} of tensor {self.name!r}"
-                raise AmbiguousTypeError(given, keys, "pass dialect=")
-            got = f"{self.format.name} ({self._choice.reason})"
-            raise InputError(f"tensor {self.name!r}", got, "a type that can be decoded")
+            raise undecodable(self.format, self.name, self._choice)
         return dequantize_rows(self.rows(start, stop), self.format, threads=threads)
 
     def dequantize(self, *, threads: int | None = None) -> np.ndarray:

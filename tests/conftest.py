@@ -17,6 +17,8 @@ from tools import tbq_quantize
 HERE = Path(__file__).parent
 SAMPLES = HERE / "samples"
 VECTORS = HERE / "vectors"
+STATES = SAMPLES / "state"
+MODELS = SAMPLES / "models"
 MANIFEST = json.loads((HERE / "manifest.json").read_text())
 
 # Kernels compile in their first call, and the machines are slow and shared.

@@ -27,6 +27,20 @@ def test_rotation_is_the_matrix_it_says(kind, head_dim, rng):
     assert np.allclose(r.inverse(y), x, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head_dim", [64, 128, 512, 576])
+def test_kernel_is_the_specification_to_the_bit(kind, head_dim, rng):
+    r = tbq.rotation(kind, head_dim)
+    x = rng.standard_normal((40, head_dim)).astype(np.float32) * np.float32(1e30)
+    x[3, 5], x[4, 6], x[5], x[6] = np.inf, np.nan, 0.0, np.float32(1e-42)
+    with np.errstate(all="ignore"):
+        expected = r.forward_ref(x.reshape(-1, r.size)).reshape(x.shape)
+    assert np.array_equal(r.forward(x), expected, equal_nan=True)
+    assert np.array_equal(np.signbit(r.forward(x)[5:]), np.signbit(expected[5:]))
+    assert r.forward(x[:0]).shape == (0, head_dim)
+    assert np.array_equal(r.forward(x[::2, ::-1]), r.forward(x[::2, ::-1].copy()), equal_nan=True)
+
+
 def test_dhd_signs_are_pinned():
     """The first signs of llama-tq's value rotation, worked out with Python integers."""
     expected = []

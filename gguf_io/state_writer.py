@@ -1,0 +1,416 @@
+"""Writing state files: the same structure back, with other types for K and V if wanted.
+
+The file is serialised from what was parsed, not copied, so a file that comes back byte for byte has
+been understood. Rows that change their type are dequantised, un-rotated, rotated as the target's
+fork does and quantised, piece by piece.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import tbq
+from gguf_io.atomic import AtomicFiles
+from gguf_io.cache_tensor import CacheTensor
+from gguf_io.dialects import checked_dialect
+from gguf_io.graph_rotation import is_quantized, rotation_kind, unfit_width
+from gguf_io.state import StateFile, writes_deferred
+from gguf_io.state_parser import (
+    DEFERRED_STATES,
+    Cells,
+    KvMemory,
+    RecurrentMemory,
+    Rows,
+    Stream,
+)
+from gguf_io.types import GgmlType, TensorType, Unknown, dequantize_rows, quantize_rows, row_bytes
+from tbq import Format, InputError, Rotation
+
+# Float32 values that are held at a time.
+CHUNK_VALUES = 1 << 21
+# source: ggml-org/llama.cpp, common/arg.cpp: the ggml types that --cache-type-k and -v take
+CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
+# Dialects (and their backends) that can keep layers of one cache in different types.
+MIXED_DIALECTS = ("llama-tq", "llama-tq-cuda")
+
+
+@dataclass(frozen=True, eq=False)
+class Conversion:
+    """What is written for one tensor.
+
+    Attributes:
+        tensor: the source.
+        format: the type that is written.
+        rotation: the rotation that the written rows are under.
+        converts: whether the bytes change.
+        lender: for xktq2_1, the conversion of the layer before, whose codes it borrows.
+    """
+
+    tensor: CacheTensor
+    format: TensorType
+    rotation: Rotation | None
+    converts: bool
+    lender: Conversion | None = None
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes per row that is written."""
+        return (
+            row_bytes(self.format, self.tensor.n_embd) if self.converts else self.tensor.row_bytes
+        )
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all rows that are written."""
+        return self.row_bytes * self.tensor.n_cells
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is decided before a byte is written.
+
+    Attributes:
+        state: the source.
+        dialect: whose file is written; None if nothing in it depends on that.
+        deferred: index into DEFERRED_STATES, None if the dialect has no such byte.
+        conversions: one per tensor, by name.
+    """
+
+    state: StateFile
+    dialect: str | None
+    deferred: int | None
+    conversions: dict[str, Conversion]
+
+    @property
+    def changes(self) -> bool:
+        """Whether any tensor is converted."""
+        return any(c.converts for c in self.conversions.values())
+
+
+Types = Mapping[str, TensorType] | Callable[[CacheTensor], TensorType | None]
+
+
+def plan_conversion(
+    state: StateFile,
+    types: Types | None = None,
+    *,
+    dialect: str | None = None,
+    rotate: bool = True,
+    allow_requantize: bool = False,
+    allow_mixed: bool = False,
+) -> Plan:
+    """Decide what `write_state` writes, and refuse what the fork would refuse to load.
+
+    Args:
+        state: the open source.
+        types: the new type of tensors by name, or a function from a tensor to its type or None.
+            Tensors without one keep theirs.
+        dialect: whose file is written; if omitted, that of the new types, else the source's.
+        rotate: whether K and V of quantised caches are rotated as the fork does by default; off for
+            programs that run with LLAMA_ATTN_ROT_DISABLE.
+        allow_requantize: whether rows that are quantised already may be quantised again.
+        allow_mixed: whether layers may differ in type where the fork's own reader cannot load that.
+
+    Raises:
+        InputError: a name that is no tensor; blocks that do not divide a row; a type that no cache
+            takes, or takes on the other side; quantised V under transposed V; types of several
+            dialects; layers of different types; quantised rows; staged rows that would stay behind.
+        UnknownFormatError: `dialect` is not registered.
+    """
+    chosen = _chosen_types(state, types)
+    target = _dialect(state, chosen, dialect)
+    final = {name: chosen.get(name, t.format) for name, t in state.tensors.items()}
+    conversions: dict[str, Conversion] = {}
+    for kind in "KV":
+        tensors = [t for t in state.tensors.values() if t.kind == kind]
+        touched = any(t.name in chosen for t in tensors)
+        rotation = _target_rotation(kind, tensors, final, rotate)
+        before = None
+        for t in tensors:
+            c = Conversion(t, t.format, t.rotation, False)
+            if touched:
+                c = _conversion(t, final[t.name], rotation, before)
+                _check(c, allow_requantize)
+            conversions[t.name] = before = c
+    for name, t in state.tensors.items():  # recurrent rows stay, and the order is the file's
+        conversions[name] = conversions.pop(name, None) or Conversion(t, t.format, None, False)
+    plan = Plan(state, target, _deferred(state, target, conversions), conversions)
+    if plan.changes:
+        _check_types(plan, allow_mixed)
+        _check_staging(plan)
+    return plan
+
+
+def write_state(
+    path: str | os.PathLike,
+    plan: Plan | StateFile,
+    *,
+    threads: int | None = None,
+    progress: Callable[[CacheTensor, int], None] | None = None,
+) -> None:
+    """Write a state file, atomically: the path gets the whole file or stays as it was.
+
+    Args:
+        path: the file; an existing one is replaced, the source never.
+        plan: what `plan_conversion` returned, or an open file to be written as it is.
+        threads: worker threads of the codecs.
+        progress: called with a tensor and the number of its source bytes that were written.
+
+    Raises:
+        InputError: `path` is the source.
+        OSError: the file cannot be written.
+    """
+    plan = plan if isinstance(plan, Plan) else plan_conversion(plan)
+    source = plan.state.path
+    if Path(path).exists() and os.path.samefile(path, source):
+        raise InputError("path", str(path), "a file other than the source")
+    with AtomicFiles() as output:
+        file = output.create(path)
+        for piece in _Serialiser(plan, threads, progress).pieces():
+            file.write(piece)
+
+
+# --- planning ------------------------------------------------------------------------------------
+
+
+def _chosen_types(state: StateFile, types: Types | None) -> dict[str, TensorType]:
+    if types is None:
+        return {}
+    if callable(types):
+        found = {name: types(t) for name, t in state.tensors.items() if t.kind in "KV"}
+        return {name: kind for name, kind in found.items() if kind is not None}
+    for name in types:
+        if name not in state.tensors or state.tensors[name].kind not in "KV":
+            raise InputError("types", repr(name), "names of K and V tensors in the file")
+    return dict(types)
+
+
+def _dialect(state: StateFile, chosen: dict[str, TensorType], given: str | None) -> str | None:
+    named = {t.dialect for t in chosen.values() if isinstance(t, Format)}
+    kept = {
+        t.format.dialect
+        for name, t in state.tensors.items()
+        if name not in chosen and isinstance(t.format, Format)
+    }
+    together = sorted(named | kept | ({checked_dialect(given)} if given else set()))
+    if len(together) > 1:
+        raise InputError("types", f"formats of {' and '.join(together)}", "one dialect per file")
+    unknown = [t for n, t in state.tensors.items() if n not in chosen and is_unknown(t)]
+    if named and unknown:
+        got = f"{unknown[0].name} of {unknown[0].format.name}"
+        raise InputError("types", got, f"known types beside those of {together[0]}")
+    return together[0] if together else state.dialect
+
+
+def is_unknown(tensor: CacheTensor) -> bool:
+    """Tell whether nothing is known of a tensor's type."""
+    return isinstance(tensor.format, Unknown)
+
+
+def _target_rotation(
+    kind: str, tensors: list[CacheTensor], final: dict[str, TensorType], rotate: bool
+) -> str | None:
+    types = [final[t.name] for t in tensors]
+    if not rotate or unfit_width(tensors) or not any(is_quantized(t) for t in types):
+        return None
+    return rotation_kind(kind, types)
+
+
+def _conversion(
+    t: CacheTensor, kind: TensorType, rotation: str | None, before: Conversion | None
+) -> Conversion:
+    if is_unknown(t) and kind is t.format:
+        return Conversion(t, kind, t.rotation, False)
+    target = tbq.rotation(rotation, t.head_dim) if rotation else None
+    same_rotation = (target and target.kind) == (t.rotation and t.rotation.kind)
+    converts = kind != t.format or not same_rotation
+    borrows = isinstance(kind, Format) and kind.sibling
+    if borrows and converts:
+        if before is None or getattr(before.format, "key", None) != kind.sibling:
+            need = f"a layer of {kind.sibling} before it, whose codes it borrows"
+            raise InputError(f"type of {t.name}", kind.key, need)
+        return Conversion(t, kind, target, True, before)
+    return Conversion(t, kind, target, converts)
+
+
+def _check(c: Conversion, allow_requantize: bool) -> None:
+    """Refuse a type that the fork's cache would not take for this tensor."""
+    t, kind = c.tensor, c.format
+    argument = f"type of {t.name}"
+    if not c.converts:
+        return
+    if isinstance(kind, GgmlType) and kind.name not in CACHE_TYPES:
+        raise InputError(argument, kind.name, f"a type that caches take: {', '.join(CACHE_TYPES)}")
+    if isinstance(kind, Format) and t.kind not in kind.side:
+        raise InputError(argument, kind.key, f"a type for {t.kind}; this one is for {kind.side}")
+    if t.transposed and is_quantized(kind):
+        need = (
+            "f32, f16 or bf16: V is stored transposed (no flash attention), which blocks cannot be"
+        )
+        raise InputError(argument, kind.name, need)
+    if is_quantized(t.format) and is_quantized(kind) and not allow_requantize:
+        got = f"{t.format.name}, which is quantised already"
+        raise InputError(argument, got, f"allow_requantize to quantise it again, to {kind.name}")
+    try:
+        row_bytes(kind, t.n_embd)
+    except InputError as error:
+        raise InputError(argument, error.got, error.need) from None
+    t.stored(0, 1)  # fails here, before anything is written, if it cannot be decoded
+
+
+def _check_types(plan: Plan, allow_mixed: bool) -> None:
+    if allow_mixed or plan.dialect in MIXED_DIALECTS:
+        return
+    for kind in "KV":
+        mine = [c for c in plan.conversions.values() if c.tensor.kind == kind]
+        names = sorted({c.format.name for c in mine})
+        if len(names) > 1 and any(c.converts for c in mine):
+            need = f"one type for all {kind}, as {plan.dialect or 'llama.cpp'} has; or allow_mixed"
+            raise InputError("types", f"{' and '.join(names)} for {kind}", need)
+
+
+def _check_staging(plan: Plan) -> None:
+    """Refuse to leave staged rows behind in a file that says nothing is staged."""
+    if not plan.state.staging:
+        return
+    if plan.state.rotation.unclear:
+        need = "rotation= stated when the file is opened: keys, values or both may be rotated"
+        raise InputError("source", "a dump with staged rows", need)
+    for c in plan.conversions.values():
+        if not c.converts and c.tensor.rotation is not None:
+            need = "a new type too: its rows are staged, and the file would say that nothing is"
+            raise InputError(f"type of {c.tensor.name}", c.format.name, need)
+
+
+def _deferred(
+    state: StateFile, dialect: str | None, conversions: dict[str, Conversion]
+) -> int | None:
+    """Return the deferred state to write: done if llama-tq would have staged any of the types."""
+    have = state.deferred_state
+    if not any(c.converts for c in conversions.values()) and have is not None:
+        return DEFERRED_STATES.index(have)
+    if dialect is None or not writes_deferred(dialect):
+        return None
+    staged = any(_is_staged(c.format) for c in conversions.values())
+    return DEFERRED_STATES.index("done" if staged else "off")
+
+
+def _is_staged(kind: TensorType) -> bool:
+    """Tell whether llama-tq collects rows as f16 first: for all ktq, and for trellis values."""
+    return isinstance(kind, Format) and (kind.side == "K" or "start" in kind.block.names)
+
+
+# --- bytes ---------------------------------------------------------------------------------------
+
+
+class _Serialiser:
+    """Yields a state file's bytes, piece by piece."""
+
+    def __init__(self, plan: Plan, threads: int | None, progress) -> None:
+        self.plan = plan
+        self.threads = threads
+        self.progress = progress or (lambda tensor, n_bytes: None)
+        # which conversion, and which of its streams, a record of the source belongs to
+        self.owner = {
+            id(rows): (c, p)
+            for c in plan.conversions.values()
+            for p, rows in enumerate(c.tensor.parts)
+        }
+
+    def pieces(self) -> Iterator[bytes | np.ndarray]:
+        state = self.plan.state
+        yield state.header
+        for memory in state.memories:
+            if isinstance(memory, RecurrentMemory):
+                yield from self._recurrent(memory)
+            else:
+                yield from self._kv(memory)
+
+    def _kv(self, memory: KvMemory) -> Iterator[bytes | np.ndarray]:
+        yield struct.pack("<I", len(memory.streams))
+        if self.plan.deferred is not None:
+            yield struct.pack("<B", self.plan.deferred)
+        for stream in memory.streams:
+            yield from self._stream(stream)
+
+    def _stream(self, stream: Stream) -> Iterator[bytes | np.ndarray]:
+        yield cell_bytes(stream.cells)
+        if not len(stream.cells):
+            return
+        yield struct.pack("<II", stream.v_trans, len(stream.keys))
+        for rows in (*stream.keys, *stream.values):
+            yield from self._rows(rows)
+
+    def _recurrent(self, memory: RecurrentMemory) -> Iterator[bytes | np.ndarray]:
+        yield cell_bytes(memory.cells)
+        yield struct.pack("<II", 0, memory.n_layer)
+        for rows in (*memory.r, *memory.s):
+            yield from self._rows(rows)
+
+    def _rows(self, rows: Rows) -> Iterator[bytes | np.ndarray]:
+        c, part = self.owner[id(rows)]
+        if rows.n_embd is not None:
+            element = c.row_bytes // rows.n_embd
+            yield struct.pack("<iII", c.format.type_id, element, rows.n_embd)
+            yield from self._columns(c, part)
+            return
+        yield struct.pack("<iQ", c.format.type_id, c.row_bytes)
+        first = sum(other.cells for other in c.tensor.parts[:part])
+        step = max(1, CHUNK_VALUES // (c.tensor.n_embd or c.tensor.row_bytes or 1))
+        for start in range(first, first + rows.cells, step):
+            stop = min(start + step, first + rows.cells)
+            yield self._convert(c, start, stop) if c.converts else c.tensor.rows(start, stop)
+            self.progress(c.tensor, (stop - start) * c.tensor.row_bytes)
+            c.tensor.release(start, stop)
+
+    def _columns(self, c: Conversion, part: int) -> Iterator[np.ndarray]:
+        """Yield the columns of transposed values, which are floats and never rotated."""
+        columns = c.tensor.raw(part)
+        step = max(1, CHUNK_VALUES // c.tensor.parts[part].cells)
+        for start in range(0, len(columns), step):
+            piece = columns[start : start + step]
+            self.progress(c.tensor, piece.nbytes)
+            if c.converts:
+                x = dequantize_rows(piece, c.tensor.format, threads=self.threads)
+                piece = quantize_rows(x, c.format, threads=self.threads)
+            yield piece
+
+    def _convert(self, c: Conversion, start: int, stop: int) -> np.ndarray:
+        t = c.tensor
+        x = t.values(start, stop, threads=self.threads)
+        x = x if c.rotation is None else c.rotation.forward(x)
+        x = x.reshape(stop - start, t.n_embd)
+        if c.lender is not None:
+            lent = self._lent(c.lender, start, stop)
+            return tbq.quantize_paired(x, lent, threads=self.threads)
+        running = isinstance(c.format, Format) and c.format.block_index == "tensor"
+        first_block = start * (t.n_embd // c.format.block_values) if running else 0
+        return quantize_rows(x, c.format, first_block=first_block, threads=self.threads)
+
+    def _lent(self, lender: Conversion, start: int, stop: int) -> np.ndarray:
+        if lender.converts:
+            return self._convert(lender, start, stop)
+        return lender.tensor.rows(start, stop)
+
+
+def cell_bytes(cells: Cells) -> bytes:
+    """Return a stream's cell count and cells as the file has them."""
+    fixed = 2 if cells.coordinates is None else 4
+    counts = cells.sequence_counts.astype(np.int64)
+    starts = np.cumsum(counts + fixed) - counts - fixed  # the first word of each cell
+    words = np.empty(int((counts + fixed).sum()), "<i4")
+    words[starts] = cells.positions
+    words[starts + 1] = cells.sequence_counts
+    if cells.coordinates is not None:
+        words[starts + 2] = cells.coordinates[:, 0]
+        words[starts + 3] = cells.coordinates[:, 1]
+    before = np.cumsum(counts) - counts  # sequences of earlier cells
+    within = np.arange(counts.sum()) - np.repeat(before, counts)
+    words[np.repeat(starts + fixed, counts) + within] = cells.sequences
+    return struct.pack("<I", len(cells)) + words.tobytes()
