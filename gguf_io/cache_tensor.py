@@ -65,6 +65,16 @@ class CacheTensor:
         return self.n_cells * self.row_bytes
 
     @property
+    def ggml_shape(self) -> tuple[int, int]:
+        """Values per row and rows; bytes per row where the type's size is not known."""
+        return self.row_bytes if self.n_embd is None else self.n_embd, self.n_cells
+
+    @property
+    def n_values(self) -> int:
+        """The number of values; of bytes where the type's size is not known."""
+        return self.ggml_shape[0] * self.n_cells
+
+    @property
     def n_head(self) -> int | None:
         """The number of key or value heads."""
         return self.n_embd // self.head_dim if self.head_dim else None

@@ -235,9 +235,23 @@ def open_state(
 
 
 def is_state_file(path: str | os.PathLike) -> bool:
-    """Tell from its first bytes whether a file can be a state file; any that is not GGUF can."""
-    with open(path, "rb") as file:
-        return file.read(4) != GGUF_MAGIC
+    """Tell whether a file is to be read as a state file: it has a magic, or reads as a blob.
+
+    Raises:
+        FileFormatError: not a regular file, or empty.
+        OSError: it cannot be opened.
+    """
+    mapped = map_file(path)
+    start = bytes(mapped[:4])
+    if start == GGUF_MAGIC:
+        return False
+    magics = (*VERSIONS, BLOB_MAGIC)
+    if len(start) == 4 and any(
+        m in magics for m in struct.unpack("<I", start) + struct.unpack(">I", start)
+    ):
+        return True
+    containers = _containers(Path(path), mapped, any_version=False) if len(start) == 4 else []
+    return any(readings(mapped, c.memory_at)[0] for c in containers)
 
 
 def writes_deferred(dialect: str) -> bool:

@@ -535,9 +535,9 @@ BAD_CALLS = {
     "no folder": ([F32, "{0}/no/out.gguf", "tbq3_0"], 3, "no/out.gguf: No such file"),
     "output a folder": ([F32, "{0}", "tbq3_0"], 2, "regular file"),
     "device": ([F32, "/dev/null", "tbq3_0"], 2, "regular file"),
-    "no arguments": ([], 2, "required: INPUT, TYPE"),
-    "one argument": ([F32], 2, "required: TYPE"),
-    "four arguments": ([F32, "{0}/out.gguf", "tbq3_0", "8"], 2, "unrecognized arguments: 8"),
+    "no arguments": ([], 2, "required: INPUT"),
+    "one argument": ([F32], 2, "need INPUT .OUTPUT. TYPE"),
+    "four arguments": ([F32, "{0}/out.gguf", "tbq3_0", "8"], 2, "arguments: got 4"),
     "unknown flag": (["--nope", F32, "{0}/out.gguf", "tbq3_0"], 2, "unrecognized arguments"),
 }
 

@@ -9,10 +9,10 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
 
-from tbq.errors import BackendError, FileFormatError, TbqError
+from tbq.errors import BackendError, FileFormatError, InputError, TbqError
 
 OK, FAILED, USAGE, BAD_FILE, NO_BACKEND, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 4, 130, 143
 
@@ -54,6 +54,13 @@ def run(
         message, code = "terminated; nothing was written", TERMINATED
     print(f"{parser.prog}: error: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+def refuse_flags(args: argparse.Namespace, names: Iterable[str], got: str, need: str) -> None:
+    """Raise InputError if one of the flags was given; all of them default to something empty."""
+    for name in names:
+        if getattr(args, name):
+            raise InputError("--" + name.replace("_", "-"), got, need)
 
 
 class _Terminated(BaseException):

@@ -1,4 +1,4 @@
-"""tbq-quantize: change the tensor types of a GGUF file, as llama-quantize does."""
+"""tbq-quantize: change the types in a GGUF file, as llama-quantize does, or in a KV-cache dump."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import tbq
 from tbq.errors import InputError
 from tbq.metrics import Distortion
 
-from . import console
+from . import console, state_options
 
 if TYPE_CHECKING:  # imported where they are used: gguf alone costs 0.2 s, --help needs none
-    from gguf_io import GgufFile, GgufTensor, OutputTensor
+    from gguf_io import GgmlType, GgufFile, GgufTensor, OutputTensor, StateFile
 
     from .type_policy import Choice, Options
 
@@ -27,6 +27,7 @@ CHUNK_VALUES = 1 << 21
 MIB = 1024 * 1024
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 SCHEMA = "tbq-quantize/1"
+STATE_FLAGS = ("type_k", "type_v", "no_rotate", "allow_mixed", *state_options.NAMES)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,8 +35,10 @@ def build_parser() -> argparse.ArgumentParser:
     keys = "\n".join(f"  {_describe(fmt)}" for fmt in tbq.formats())
     parser = argparse.ArgumentParser(
         prog="tbq-quantize",
-        usage="tbq-quantize [options] INPUT [OUTPUT] TYPE",
-        description="Change the tensor types of a GGUF file, as llama-quantize does. "
+        usage="tbq-quantize [options] INPUT [OUTPUT] TYPE\n"
+        "       tbq-quantize [options] --type-k TYPE --type-v TYPE INPUT OUTPUT",
+        description="Change the tensor types of a GGUF file, as llama-quantize does, or the types "
+        "of K and V in a llama.cpp state file (prompt cache, slot save). "
         "Types f32, f16 and bf16 dequantise.",
         epilog=f"TYPE is a registered format,\n{keys}\n"
         "or f32, f16, bf16, or a type that gguf-py quantises to "
@@ -43,14 +46,13 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("input", metavar="INPUT", help="GGUF file, or the first shard of a split model")
     add(
-        "output",
-        metavar="OUTPUT",
-        nargs="?",
-        help="default: ggml-model-TYPE.gguf beside INPUT",
+        "operands",
+        metavar="INPUT [OUTPUT] TYPE",
+        nargs="+",
+        help="INPUT: a GGUF file, the first shard of a split model, or a state file; OUTPUT: by "
+        "default ggml-model-TYPE.gguf beside INPUT; TYPE: see below, case does not matter",
     )
-    add("type", metavar="TYPE", help="see below; case does not matter")
     add("--pure", action="store_true", help="give every quantisable tensor TYPE, no mixture")
     add(
         "--tensor-type",
@@ -95,6 +97,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--json", action="store_true", help="print one JSON object instead of text")
     add("--threads", metavar="N", type=int, help="worker threads; default: all cores")
+    group = parser.add_argument_group("state files")
+    group.add_argument("--type-k", metavar="T", help="type for K; TYPE is for the other side")
+    group.add_argument("--type-v", metavar="T", help="type for V")
+    state_options.add(group)
+    group.add_argument(
+        "--no-rotate",
+        action="store_true",
+        help="write quantised rows unrotated, for LLAMA_ATTN_ROT_DISABLE=1",
+    )
+    group.add_argument(
+        "--allow-mixed",
+        action="store_true",
+        help="let layers differ in type where the fork itself could not load that",
+    )
     return parser
 
 
@@ -134,8 +150,9 @@ class Job:
     """One run of the program: what was asked for, found and done."""
 
     args: argparse.Namespace
-    file: GgufFile
-    options: Options
+    file: GgufFile | StateFile
+    target: str
+    sources: tuple[Path, ...]
     outputs: list[Path]
     results: list[Result] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -149,16 +166,43 @@ class Job:
 
 def convert(args: argparse.Namespace) -> int:
     """Carry out one conversion; returns the exit code."""
+    from gguf_io.state import is_state_file
+
+    if args.threads is not None and args.threads < 1:
+        raise InputError("--threads", str(args.threads), "at least 1")
+    _name_operands(args)
+    if is_state_file(args.input):
+        from .quantize_state import convert_state
+
+        return convert_state(args)
+    return _convert_gguf(args)
+
+
+def _name_operands(args: argparse.Namespace) -> None:
+    """Tell the positional arguments apart: INPUT [OUTPUT] TYPE, TYPE optional with --type-k, -v."""
+    args.input, *rest = args.operands
+    typed = args.type_k is not None or args.type_v is not None
+    least, most = (0, 2) if typed else (1, 2)
+    if not least <= len(rest) <= most:
+        need = "INPUT [OUTPUT] with --type-k and --type-v" if typed else "INPUT [OUTPUT] TYPE"
+        raise InputError("arguments", f"{len(args.operands)} of them", need)
+    has_type = len(rest) == 2 or not typed
+    args.type = rest.pop() if has_type else None
+    args.output = rest[0] if rest else None
+
+
+def _convert_gguf(args: argparse.Namespace) -> int:
     from gguf_io import open_gguf
     from gguf_io.types import row_bytes
 
     from .type_policy import choose_types, is_quantized
 
-    if args.threads is not None and args.threads < 1:
-        raise InputError("--threads", str(args.threads), "at least 1")
+    console.refuse_flags(args, STATE_FLAGS, f"{args.input} is a GGUF file", "a state file")
     options = _options(args)
     with open_gguf(args.input, args.dialect) as file:
-        job = Job(args, file, options, _output_paths(args, options, file))
+        outputs = _output_paths(args, options, file)
+        target = getattr(options.target, "key", options.target.name)
+        job = Job(args, file, target, file.shard_paths, outputs)
         if file.dialect_guessed:
             job.note(f"reading {args.input} as dialect {file.dialect}: {file.dialect_reason}")
         if options.overrides and (options.pure or not is_quantized(options.target)):
@@ -169,10 +213,10 @@ def convert(args: argparse.Namespace) -> int:
             if choice.converts:
                 size = row_bytes(choice.type, tensor.ggml_shape[0]) * tensor.n_rows
             job.results.append(Result(choice, size))
-        _convert(job)
+        _convert(job, options)
         if not job.args.dry_run and args.verify:
             _verify(job)
-        _report(job)
+        report(job)
         return console.FAILED if any(r.failed for r in job.results) else console.OK
 
 
@@ -184,26 +228,35 @@ def _options(args: argparse.Namespace) -> Options:
     def type_(name: str | None):
         return None if name is None else resolve_type(name, args.dialect)
 
-    overrides = []
-    for text in args.tensor_type:
-        pattern, equals, name = text.rpartition("=")
-        if not equals or not pattern:
-            raise InputError("--tensor-type", text, "REGEX=TYPE")
-        overrides.append((_pattern("--tensor-type", pattern.lower()), type_(name)))
     return Options(
         target=type_(args.type),
         pure=args.pure,
-        overrides=overrides,
+        overrides=overrides(args),
         output_type=type_(args.output_tensor_type),
         embedding_type=type_(args.token_embedding_type),
         leave_output=args.leave_output_tensor,
-        include=[_pattern("--include", text) for text in args.include],
-        exclude=[_pattern("--exclude", text) for text in args.exclude],
+        include=[pattern("--include", text) for text in args.include],
+        exclude=[pattern("--exclude", text) for text in args.exclude],
         allow_requantize=args.allow_requantize,
     )
 
 
-def _pattern(flag: str, text: str) -> re.Pattern:
+def overrides(args: argparse.Namespace) -> list[tuple[re.Pattern, tbq.Format | GgmlType]]:
+    """Return the (pattern, type) pairs of --tensor-type."""
+    from gguf_io import resolve_type
+
+    found = []
+    for text in args.tensor_type:
+        expression, equals, name = text.rpartition("=")
+        if not equals or not expression:
+            raise InputError("--tensor-type", text, "REGEX=TYPE")
+        kind = resolve_type(name, args.dialect)
+        found.append((pattern("--tensor-type", expression.lower()), kind))
+    return found
+
+
+def pattern(flag: str, text: str) -> re.Pattern:
+    """Compile a regular expression that the user gave with a flag."""
     try:
         return re.compile(text)
     except re.error as error:
@@ -240,7 +293,7 @@ def _order(file: GgufFile, keep_split: bool) -> list[GgufTensor]:
     return sorted(tensors, key=layer_and_name)
 
 
-def _convert(job: Job) -> None:
+def _convert(job: Job, options: Options) -> None:
     """Write the output, or only say what would be written."""
     from gguf_io import write_gguf, write_gguf_shards
     from gguf_io.writer import file_dialect
@@ -250,9 +303,9 @@ def _convert(job: Job) -> None:
     with console.Progress(total, "quantising") as progress:
         if job.args.dry_run:
             for result in job.results:
-                _announce(job, result, progress)
+                announce(job, result, progress)
             return
-        fields = _metadata(job)
+        fields = _metadata(job, options)
         outputs = [_output_tensor(job, result, progress) for result in job.results]
         if not job.args.keep_split:
             write_gguf(job.outputs[0], fields, outputs)
@@ -264,7 +317,7 @@ def _convert(job: Job) -> None:
         write_gguf_shards(prefix, fields, shards)
 
 
-def _metadata(job: Job) -> dict:
+def _metadata(job: Job, options: Options) -> dict:
     """Copy the input's metadata and set what llama-quantize sets, where it sets it: at the end."""
     from gguf import GGUFValueType
 
@@ -275,7 +328,7 @@ def _metadata(job: Job) -> dict:
     fields = dict(job.file.metadata.fields)
     numbers = {
         "general.quantization_version": QUANTIZATION_VERSION,
-        "general.file_type": file_type(job.options.target),
+        "general.file_type": file_type(options.target),
     }
     for key, number in numbers.items():
         fields.pop(key, None)
@@ -294,7 +347,7 @@ def _output_tensor(job: Job, result: Result, progress: console.Progress) -> Outp
             yield _convert_rows(job, result, start, stop)
             tensor.release(start, stop)
             progress.advance((stop - start) * (tensor.n_bytes // tensor.n_rows))
-        _announce(job, result, progress)
+        announce(job, result, progress)
 
     return OutputTensor(tensor.name, tensor.shape, result.choice.type, result.n_bytes, chunks)
 
@@ -325,7 +378,7 @@ def _convert_rows(job: Job, result: Result, start: int, stop: int):
     return quantize_rows(x, kind, first_block=first_block if indexed else 0, threads=threads)
 
 
-def _announce(job: Job, result: Result, progress: console.Progress) -> None:
+def announce(job: Job, result: Result, progress: console.Progress) -> None:
     """Print a tensor's line as llama-quantize does, and what there is to say about it."""
     choice = result.choice
     tensor = choice.tensor
@@ -381,7 +434,7 @@ def _verify(job: Job) -> None:
                 result.identical, result.distortion = None, distortion
 
 
-def _report(job: Job) -> None:
+def report(job: Job) -> None:
     """Print the totals, and what --verify found."""
     tensors = [result.choice.tensor for result in job.results]
     values = sum(tensor.n_values for tensor in tensors)
@@ -420,9 +473,9 @@ def _print_verification(job: Job) -> None:
 def _json(job: Job, values: int, sizes: dict[str, int]) -> dict:
     return {
         "schema": SCHEMA,
-        "input": [str(path) for path in job.file.shard_paths],
+        "input": [str(path) for path in job.sources],
         "output": [] if job.args.dry_run else [str(path) for path in job.outputs],
-        "type": getattr(job.options.target, "key", job.options.target.name),
+        "type": job.target,
         "input_dialect": job.file.dialect,
         "input_dialect_reason": job.file.dialect_reason,
         "tensors": [_json_tensor(result) for result in job.results],
