@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -108,9 +109,7 @@ class CacheTensor:
         raw = self.raw(part)
         if not self.transposed:
             return raw[start:stop]
-        element = self.parts[part].row_bytes // self.parts[part].n_embd
-        columns = raw.view(f"V{element}")[:, start:stop]
-        return np.ascontiguousarray(columns.T).view(np.uint8)
+        return np.ascontiguousarray(self._elements(part)[:, start:stop].T).view(np.uint8)
 
     def blocks(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Return the blocks of rows [start, stop): (rows, blocks), each with the format's fields.
@@ -131,20 +130,10 @@ class CacheTensor:
 
         Raises:
             AmbiguousTypeError: several dialects fit the type id; open the file with `dialect=`.
-            InputError: nothing is known of the type.
+            InputError: nothing is known of the type; or it borrows codes that are not there.
             BackendError: gguf-py cannot decode it.
         """
-        if isinstance(self.format, Unknown):
-            raise undecodable(self.format, self.name, self._choice)
-        rows = self.rows(start, stop)
-        if not len(rows) or not self.n_embd:
-            return np.empty((len(rows), self.n_embd), np.float32)
-        if isinstance(self.format, Format) and self.format.sibling:
-            if self.sibling is None:
-                need = f"a layer of {self.format.sibling} before it, whose codes it borrows"
-                raise InputError(f"tensor {self.name!r}", self.format.key, need)
-            return tbq.dequantize_paired(rows, self.sibling.rows(start, stop), threads=threads)
-        return dequantize_rows(rows, self.format, threads=threads)
+        return self._decode(lambda tensor: tensor.rows(start, stop), threads)
 
     def values(
         self, start: int = 0, stop: int | None = None, *, threads: int | None = None
@@ -153,7 +142,48 @@ class CacheTensor:
 
         R and S, which have no heads, come back as (rows, 1, n_embd). Errors as for `stored`.
         """
-        stored = self.stored(start, stop, threads=threads)
+        return self._unrotate(self.stored(start, stop, threads=threads))
+
+    def values_at(self, cells: np.ndarray, *, threads: int | None = None) -> np.ndarray:
+        """Dequantise the rows of some cells, int (n,), to float32 (n, n_head, head_dim)."""
+        return self._unrotate(self._decode(lambda tensor: tensor.rows_at(cells), threads))
+
+    def rows_at(self, cells: np.ndarray) -> np.ndarray:
+        """Return the bytes of the rows of some cells, int (n,), as uint8 (n, row_bytes)."""
+        out = np.empty((len(cells), self.row_bytes), np.uint8)
+        before = 0
+        for p, part in enumerate(self.parts):
+            mine = (cells >= before) & (cells < before + part.cells)
+            if mine.any():
+                out[mine] = self._take(p, cells[mine] - before)
+            before += part.cells
+        return out
+
+    def _take(self, part: int, cells: np.ndarray) -> np.ndarray:
+        raw = self.raw(part)
+        if not self.transposed:
+            return raw[cells]
+        return np.ascontiguousarray(self._elements(part)[:, cells].T).view(np.uint8)
+
+    def _elements(self, part: int) -> np.ndarray:
+        """View a transposed part as (n_embd, cells) opaque elements."""
+        rows = self.parts[part]
+        return self.raw(part).view(f"V{rows.row_bytes // rows.n_embd}")
+
+    def _decode(self, rows_of: Callable[[CacheTensor], np.ndarray], threads: int | None):
+        if isinstance(self.format, Unknown):
+            raise undecodable(self.format, self.name, self._choice)
+        rows = rows_of(self)
+        if not len(rows) or not self.n_embd:
+            return np.empty((len(rows), self.n_embd), np.float32)
+        if isinstance(self.format, Format) and self.format.sibling:
+            if self.sibling is None:
+                need = f"a layer of {self.format.sibling} before it, whose codes it borrows"
+                raise InputError(f"tensor {self.name!r}", self.format.key, need)
+            return tbq.dequantize_paired(rows, rows_of(self.sibling), threads=threads)
+        return dequantize_rows(rows, self.format, threads=threads)
+
+    def _unrotate(self, stored: np.ndarray) -> np.ndarray:
         heads = stored.reshape(len(stored), self.n_head or 1, self.head_dim or self.n_embd)
         return heads if self.rotation is None else self.rotation.inverse(heads)
 

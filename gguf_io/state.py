@@ -142,7 +142,7 @@ class StateFile:
     def has_server_tokens(self) -> bool:
         """Whether the tokens are llama-server's serialised list, which can hold media chunks."""
         tokens = self.container.tokens
-        return tokens is not None and len(tokens) > 0 and tokens[0] == SERVER_TOKENS
+        return tokens is not None and len(tokens) > 0 and int(tokens[0]) == SERVER_TOKENS
 
     @property
     def staging(self) -> bool:
@@ -440,7 +440,7 @@ def _dialect_misfit(mapped: mmap.mmap, records: list[Rows], dialect: str) -> str
         if rows.row_bytes % fmt.block_bytes:
             return f"{where} are {rows.row_bytes} bytes long, blocks of {fmt.key} {fmt.block_bytes}"
         n = rows.cells * rows.row_bytes // fmt.block_bytes
-        if dialects.has_negative_scales(fmt, mapped, rows.data, n):
+        if dialects.scales_misplaced(fmt, mapped, rows.data, n):
             return f"{where} have negative scales where {fmt.key} keeps its norms"
     return None
 

@@ -13,6 +13,11 @@ import numpy as np
 from tbq.errors import InputError
 
 
+def no_anomalies(fmt: Format, blocks: np.ndarray, index: np.ndarray) -> dict[str, np.ndarray]:
+    """For formats in which an encoder writes every combination of bits."""
+    return {}
+
+
 class RowKernels(NamedTuple):
     """The Numba kernels of one format. They check nothing, allocate nothing and release the GIL.
 
@@ -43,6 +48,10 @@ class Format:
         quantize_ref: the specification: (fmt, float32 (n, block_values), block indices (n,)) to
             `block` (n,).
         dequantize_ref: the specification: (fmt, `block` (n,)) to float32 (n, block_values).
+        codes: (fmt, `block` (n,)) to the codes in it: {name: (uint8 (n, count), how many codes
+            there can be)}.
+        anomalies: (fmt, `block` (n,), block indices (n,)) to what no encoder of the dialect writes:
+            {description: bool (n,)}.
         kernels_module: module whose `kernels(fmt)` returns the RowKernels; imported on first use.
         scales: fields of `block` that hold non-negative float16 scales.
         sibling: key of the format whose blocks lend theirs the codes; None if they stand alone.
@@ -65,6 +74,8 @@ class Format:
     quantize_ref: Callable[[Format, np.ndarray, np.ndarray], np.ndarray]
     dequantize_ref: Callable[[Format, np.ndarray], np.ndarray]
     kernels_module: str
+    codes: Callable[[Format, np.ndarray], dict[str, tuple[np.ndarray, int]]]
+    anomalies: Callable[[Format, np.ndarray, np.ndarray], dict[str, np.ndarray]]
     scales: tuple[str, ...] = ("d",)
     sibling: str | None = None
     block_index: Literal["none", "row", "tensor"] = "none"

@@ -168,6 +168,28 @@ def dequantize_paired_ref(fmt: Format, blocks: np.ndarray, sibling: np.ndarray) 
         return np.where(d < TINY, np.float32(0), unscaled(sibling) * d)
 
 
+def codes(fmt: Format, blocks: np.ndarray) -> dict[str, tuple[np.ndarray, int]]:
+    """Return the codes of ktq blocks (n,)."""
+    bits = code_bits(fmt)
+    return {"codes": (unpack(blocks["qs"], bits), 1 << bits)}
+
+
+def anomalies(fmt: Format, blocks: np.ndarray, index: np.ndarray) -> dict[str, np.ndarray]:
+    """Find ktq blocks (n,) whose signs are not those that their indices (n,) seed."""
+    expected = pack(sign_bits(block_seed(index)), 1)
+    live = blocks["sb"].any(axis=-1) | blocks["qs"].any(axis=-1)  # a zero block has neither
+    return {"signs that do not match their seed": live & (blocks["sb"] != expected).any(axis=-1)}
+
+
+def padding(fmt: Format, blocks: np.ndarray, index: np.ndarray) -> dict[str, np.ndarray]:
+    """Find blocks (n,) whose padding is not zero."""
+    return {"padding that is not zero": blocks["pad"].any(axis=-1)}
+
+
+def _no_codes(fmt: Format, blocks: np.ndarray) -> dict[str, tuple[np.ndarray, int]]:
+    return {}
+
+
 def _quantize_alone(fmt: Format, x: np.ndarray, index: np.ndarray) -> np.ndarray:
     blocks = np.zeros(len(x), fmt.block)
     with np.errstate(all="ignore"):
@@ -200,6 +222,8 @@ def _format(dialect: str, bits: int, type_id: int) -> Format:
         quantize_ref=quantize_ref,
         dequantize_ref=dequantize_ref,
         kernels_module="tbq.kernels.ktq",
+        codes=codes,
+        anomalies=anomalies,
         block_index="tensor" if cuda else "row",
         aliases=() if cuda else (f"ktq{bits}",),
         notes=notes,
@@ -219,6 +243,8 @@ XKTQ2_1 = Format(
     quantize_ref=_quantize_alone,
     dequantize_ref=_dequantize_alone,
     kernels_module="tbq.kernels.xktq",
+    codes=_no_codes,
+    anomalies=padding,
     sibling="llama-tq:ktq2_1",
     notes="Holds scales only; without a sibling ktq2_1 row it decodes to zeros, by design.",
 )

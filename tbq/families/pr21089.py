@@ -36,7 +36,7 @@ from __future__ import annotations
 import numpy as np
 
 from tbq.bitpack import pack, unpack
-from tbq.format import Format
+from tbq.format import Format, no_anomalies
 from tbq.numerics import fp16_bits, ordered_sum, symmetric
 from tbq.rotations import QR_SIZE, qr_rotation
 
@@ -102,6 +102,12 @@ def dequantize_ref(fmt: Format, blocks: np.ndarray) -> np.ndarray:
         return u * blocks["d"].astype(np.float32)[:, None]
 
 
+def codes(fmt: Format, blocks: np.ndarray) -> dict[str, tuple[np.ndarray, int]]:
+    """Return the codes of blocks (n,)."""
+    bits = code_bits(fmt)
+    return {"codes": (unpack(blocks["qs"], bits), 1 << bits)}
+
+
 def _format(name: str, bits: int, type_id: int, ftype: int) -> Format:
     return Format(
         dialect="pr21089",
@@ -116,6 +122,8 @@ def _format(name: str, bits: int, type_id: int, ftype: int) -> Format:
         quantize_ref=quantize_ref,
         dequantize_ref=dequantize_ref,
         kernels_module="tbq.kernels.pr21089",
+        codes=codes,
+        anomalies=no_anomalies,
         ftype=ftype,
         notes="256 values of a row may span heads; a norm above 65504 decodes to infinity or NaN.",
     )

@@ -48,7 +48,7 @@ from functools import cache
 
 import numpy as np
 
-from tbq.bitpack import pack
+from tbq.bitpack import pack, unpack
 from tbq.format import Format
 from tbq.numerics import fp16_bits
 
@@ -218,6 +218,25 @@ def dequantize_ref(fmt: Format, blocks: np.ndarray) -> np.ndarray:
     return y
 
 
+def codes(fmt: Format, blocks: np.ndarray) -> dict[str, tuple[np.ndarray, int]]:
+    """Return the emissions of blocks (n,)."""
+    bits = emission_bits(fmt)
+    return {"emissions": (unpack(blocks["qs"], bits), 1 << bits)}
+
+
+def anomalies(fmt: Format, blocks: np.ndarray, index: np.ndarray) -> dict[str, np.ndarray]:
+    """Find blocks (n,) whose outliers are out of bounds or out of order."""
+    if not outliers(fmt):
+        return {}
+    pos = blocks["pos"].astype(np.int16)
+    missing = pos[:, 1:] == 0  # fewer outliers than slots: position 0 fills up
+    unordered = ((pos[:, 1:] <= pos[:, :-1]) & ~missing).any(axis=-1)
+    return {
+        "outliers beyond the block": (pos >= QK).any(axis=-1),
+        "outliers out of order": unordered,
+    }
+
+
 def _format(name: str, type_id: int, bits: int, count: int = 0, alias: str = "") -> Format:
     block = [("d", "<f2"), ("start", "<u2"), ("qs", "u1", QK * bits // 8)]
     block += [("pos", "u1", count), ("val", "<f2", count)] if count else []
@@ -234,6 +253,8 @@ def _format(name: str, type_id: int, bits: int, count: int = 0, alias: str = "")
         quantize_ref=quantize_ref,
         dequantize_ref=dequantize_ref,
         kernels_module="tbq.kernels.trellis",
+        codes=codes,
+        anomalies=anomalies,
         aliases=(alias,) if alias else (),
         notes="The graph rotates 64 values at a time before and after; the block does not. "
         "The exact search; the fork's pruned one (GGML_TRELLIS_BEAM) is not reproduced.",

@@ -37,7 +37,7 @@ import numpy as np
 from tbq.bitpack import pack, unpack
 from tbq.families import ktq
 from tbq.families.ktq import CUDA, QK, SCALE, TINY, code_bits, corrected_scale, nearest
-from tbq.format import Format
+from tbq.format import Format, no_anomalies
 from tbq.numerics import fp16_bits, ordered_sum, symmetric
 
 # source: ggml-quants.c at 0f57a4ee6; only the 2-bit table differs from that of the keys
@@ -115,11 +115,26 @@ def dequantize_ref(fmt: Format, blocks: np.ndarray) -> np.ndarray:
         return np.where(d < TINY, np.float32(0), _levels(fmt, codes) * d)
 
 
+def codes(fmt: Format, blocks: np.ndarray) -> dict[str, tuple[np.ndarray, int]]:
+    """Return the codes of blocks (n,); those of vtq_mixed by width."""
+    if not is_mixed(fmt):
+        return ktq.codes(fmt, blocks)
+    found = unpack_mixed(blocks["qs"])
+    return {"3-bit codes": (found[:, FINE], 8), "2-bit codes": (found[:, COARSE], 4)}
+
+
+def _unused_slots(fmt: Format, blocks: np.ndarray, index: np.ndarray) -> dict[str, np.ndarray]:
+    """Find vtq_mixed blocks (n,) with bits in the slots that hold no value."""
+    slots = unpack(blocks["qs"][:, 3:], 2)
+    return {"padding that is not zero": slots[:, 0].astype(bool) | slots[:, 25:].any(axis=-1)}
+
+
 def _format(dialect: str, name: str, type_id: int, bits: int, **fields) -> Format:
     cuda = dialect == CUDA
     block = [("d", "<f2"), ("qs", "u1", 4 * bits)] + ([("pad", "u1", 2)] if bits == 3 else [])
     defaults = {
         "block": np.dtype(block),
+        "anomalies": ktq.padding if bits == 3 else no_anomalies,
         "aliases": (),
         "notes": "The graph rotates 64 values at a time before and after; the block does not.",
     }
@@ -136,6 +151,7 @@ def _format(dialect: str, name: str, type_id: int, bits: int, **fields) -> Forma
         quantize_ref=quantize_ref,
         dequantize_ref=dequantize_ref,
         kernels_module="tbq.kernels.vtq",
+        codes=codes,
         **(defaults | fields),
     )
 
@@ -151,6 +167,7 @@ FORMATS = (
         53,
         2,
         block=np.dtype([("d", "<f2"), ("qs", "u1", 10)]),
+        anomalies=_unused_slots,
         notes="C declares qs[9] and writes the last code past it, into the padding byte.",
     ),
     _format(CUDA, "vtq1_1", 46, 1),

@@ -1,0 +1,183 @@
+"""tbq-inspect's report for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+MIB = 1024 * 1024
+WIDTH = 100
+
+
+def print_report(report: dict) -> None:
+    """Print a report that `inspect_report.report` returned."""
+    _print_file(report)
+    _print_tensors(report["tensors"])
+    _print_reference(report)
+    _print_candidates(report)
+    if report["warnings"]:
+        print("\nWarnings")
+        for warning in report["warnings"]:
+            print(_wrapped("  ! ", warning))
+
+
+def _wrapped(prefix: str, text: str) -> str:
+    import textwrap
+
+    return textwrap.fill(text, WIDTH, initial_indent=prefix, subsequent_indent=" " * len(prefix))
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None or value != value else format(value, spec)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table: the first column left-aligned, the others to the right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    for row in (header, *rows):
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        print("  " + "  ".join(cells).rstrip())
+
+
+def _print_file(report: dict) -> None:
+    print(report["path"])
+    if report["state"]:
+        _print_state(report["state"])
+    else:
+        gguf = report["gguf"]
+        print(f"  GGUF v{gguf['version']}, architecture {gguf['architecture']}", end="")
+        print(f", {len(gguf['shards'])} file(s), {gguf['metadata_keys']} metadata keys")
+    print(_wrapped("  dialect   ", f"{report['dialect'] or 'none'}: {report['dialect_reason']}"))
+    totals = report["totals"]
+    size = f"{totals['tensors']} tensors, {totals['n_bytes'] / MIB:.2f} MiB"
+    size += f", {_number(totals['bpw'], '.2f')} bits per value"
+    print(f"  size      {size}, {_number(totals['compression'], '.2f')} times smaller than f16")
+
+
+def _print_state(state: dict) -> None:
+    kind = {"session": "session file (GGSN)", "sequence": "sequence file (GGSQ)"}
+    line = kind.get(state["container"], state["container"])
+    line += f" v{state['version']}" if state["version"] is not None else ""
+    line += f", architecture {state['architecture']}" if state["architecture"] else ""
+    line += f", {state['tokens']} tokens" if state["tokens"] is not None else ""
+    line += " (llama-server's serialised list)" if state["server_tokens"] else ""
+    print(f"  {line}")
+    print(_wrapped("  layout    ", f"{state['layout']}: {state['layout_reason']}"))
+    for memory in state["memories"]:
+        for i, stream in enumerate(memory["streams"]):
+            text = f"stream {i}: {stream['cells']} cells"
+            if stream["positions"]:
+                text += f", positions {stream['positions'][0]} to {stream['positions'][1]}"
+            for sequence, count in stream["sequences"].items():
+                text += f", sequence {sequence} in {count}"
+            state_text = f", deferred state: {memory['deferred_state']}"
+            text += state_text if memory["deferred_state"] else ""
+            print(_wrapped(f"  {memory['name']:<10}", text))
+    print(_wrapped("  rotation  ", state["rotation"]["reason"]))
+    print(_wrapped("  heads     ", state["heads"]))
+
+
+def _median(values: list[float | None]) -> float | None:
+    known = sorted(v for v in values if v is not None and v == v)
+    return known[len(known) // 2] if known else None
+
+
+def _print_tensors(tensors: list[dict]) -> None:
+    """Print one line per tensor; of several heads the median, of channel ratios the largest."""
+    print("\nTensors (kurtosis: as it is, and rotated; KS: distance from the codebooks' normal)")
+    header = ("tensor", "type", "shape", "bits", "norm", "channels", "kurtosis", "rotated", "KS")
+    rows = []
+    for t in tensors:
+        heads = t["statistics"]["heads"] if t["statistics"] else []
+        rows.append(
+            (
+                t["name"],
+                t["type"].rpartition(":")[2],
+                "x".join(map(str, t["ggml_shape"])),
+                _number(t["bpw"], ".2f"),
+                _number(_median([h["norm_mean"] for h in heads]), ".3g"),
+                _number(max((h["channel_ratio"] for h in heads), default=None), ".1f"),
+                _number(_median([h["kurtosis"] for h in heads]), ".1f"),
+                _number(_median([h["kurtosis_rotated"] for h in heads]), ".1f"),
+                _number(_median([h["marginal_distance"] for h in heads]), ".3f"),
+            )
+        )
+    table(header, rows)
+
+
+def _print_reference(report: dict) -> None:
+    if report["reference"] is None:
+        return
+    cells = report["reference"]["cells"]
+    over = f" over {cells} cells" if cells is not None else ""
+    print(f"\nAgainst {report['reference']['path']}{over}")
+    header = ("tensor", "type", "relative MSE", "cosine", "logit error", "softmax KL", "output")
+    rows = []
+    for t in report["tensors"]:
+        if t["reference"]:
+            a = t["reference"]["attention"] or {}
+            rows.append(
+                (
+                    t["name"],
+                    t["type"].rpartition(":")[2],
+                    _number(t["reference"]["relative_mse"], ".3e"),
+                    _number(t["reference"]["cosine"], ".6f"),
+                    _number(a.get("logit_rmse"), ".4f"),
+                    _number(a.get("kl"), ".2e"),
+                    _number(a.get("output_error"), ".2e"),
+                )
+            )
+    table(header, rows)
+    if any(t["reference"] and t["reference"]["attention"] for t in report["tensors"]):
+        print(_wrapped("  ", "The attention of a layer is that of its K and V together."))
+
+
+def tried(tensor: dict) -> list[dict]:
+    """Return the candidates of a tensor but for those that are made for the other side."""
+    return [c for c in tensor["candidates"] if not (c["unfit"] or "").endswith(" only")]
+
+
+def _print_candidates(report: dict) -> None:
+    tensors = [t for t in report["tensors"] if t["candidates"]]
+    if not tensors:
+        return
+    print("\nCandidates (K: what it does to attention weights; V: to attention output)")
+    header = ("tensor", "candidate", "bits", "relative MSE", "softmax KL", "output error")
+    rows = []
+    for t in tensors:
+        for c in tried(t):
+            if c["unfit"]:
+                rows.append((t["name"], c["type"], _number(c["bpw"], ".2f"), "-", "-", c["unfit"]))
+                continue
+            a = c["attention"] or {}
+            kl = a.get("kl") if t["kind"] == "K" else None
+            rows.append(
+                (
+                    t["name"],
+                    c["type"],
+                    _number(c["bpw"], ".2f"),
+                    _number(c["relative_mse"], ".3e"),
+                    _number(kl, ".2e"),
+                    _number(a.get("output_error"), ".2e"),
+                )
+            )
+    table(header, rows)
+    _print_choice(report["choice"])
+    if report["assumptions"]:
+        print(_wrapped("  ", report["assumptions"]))
+
+
+def _print_choice(choice: dict | None) -> None:
+    if choice is None:
+        return
+    limits = f"KL up to {choice['max_kl']:g}, output error up to {choice['max_output_error']:g}"
+    print(f"\nCheapest types with {limits}")
+    for c in choice["combinations"]:
+        of = f" ({c['dialect']})" if c["dialect"] else ""
+        types = f"K {c['k']}" + (f", V {c['v']}" if c["v"] else "")
+        print(f"  all layers alike{of}: {types}: {c['bpw']:.2f} bits per value")
+        if c["layers_bpw"] < c["bpw"]:
+            print(f"  layer by layer{of}: {c['layers_bpw']:.2f} bits per value")
+            for layer in c["layers"]:
+                v = f", V {layer['v']}" if layer["v"] else ""
+                print(f"    {layer['layer']}: K {layer['k']}{v}")

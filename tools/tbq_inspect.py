@@ -1,0 +1,174 @@
+"""tbq-inspect: what is in a GGUF file or a KV-cache dump, and which types it would tolerate."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from typing import TYPE_CHECKING
+
+import tbq
+from tbq.errors import InputError
+
+from . import console, state_options
+
+if TYPE_CHECKING:  # imported where they are used, --help needs none
+    from gguf_io import GgufFile, StateFile
+
+    from .candidates import Combination
+
+DEFAULT_MAX_KL = 0.01
+DEFAULT_MAX_ROWS = 4096
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the argument parser."""
+    parser = argparse.ArgumentParser(
+        prog="tbq-inspect",
+        usage="tbq-inspect [options] FILE",
+        description="Say what is in a GGUF file or a llama.cpp state file (prompt cache, slot "
+        "save, sequence blob): layout, types, health and statistics per layer; the error against "
+        "an unquantised twin; what other types would do to it, and which is the cheapest good one.",
+        epilog=console.EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("file", metavar="FILE", help="GGUF file (or first shard), or state file")
+    add("--dialect", metavar="D", help=f"dialect of type ids: {', '.join(tbq.dialects())}")
+    add("--reference", metavar="F", help="unquantised dump of the same prompt, or model")
+    add(
+        "--candidates",
+        metavar="LIST",
+        help="types to try, separated by commas, or all; "
+        "trellis types take seconds per layer and thousand rows",
+    )
+    add(
+        "--max-kl",
+        metavar="NATS",
+        type=float,
+        help="divergence of attention weights that a K type may cause; "
+        f"default {DEFAULT_MAX_KL} with --candidates",
+    )
+    add(
+        "--max-output-error",
+        metavar="E",
+        type=float,
+        help="relative squared error of attention output that a V type may cause; "
+        "default: the number of --max-kl",
+    )
+    add("--layers", metavar="LIST", help="only these layers, such as 0,5-8")
+    add(
+        "--max-rows",
+        metavar="N",
+        type=int,
+        default=DEFAULT_MAX_ROWS,
+        help="rows (cells) per tensor for statistics, attention and candidates, evenly spaced; "
+        f"0: all; default {DEFAULT_MAX_ROWS}. Health and reference errors use every row",
+    )
+    add("--json", action="store_true", help="print one JSON object instead of text")
+    add("--html", metavar="OUT", help="write a page with tables and plots (needs matplotlib)")
+    add("--threads", metavar="N", type=int, help="worker threads; default: all cores")
+    state_options.add(parser.add_argument_group("state files"))
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program; returns the exit code."""
+    return console.run(build_parser(), inspect_command, argv)
+
+
+def inspect_command(args: argparse.Namespace) -> int:
+    """Carry out one inspection; returns the exit code."""
+    from . import inspect_report
+    from .candidates import parse_candidates
+    from .inspection import Settings, inspect_file, selected_tensors
+
+    _check(args)
+    if args.html:
+        from .inspect_html import require_matplotlib
+
+        require_matplotlib()
+    candidates = parse_candidates(args.candidates, args.dialect) if args.candidates else []
+    settings = Settings(args.max_rows, candidates, _layer_set(args.layers), args.threads)
+    with contextlib.ExitStack() as files:
+        file = files.enter_context(_open(args, args.file))
+        reference = None
+        if args.reference:
+            plain = {"dialect": None, "rotation": "auto"}
+            reference = files.enter_context(_open(args, args.reference, **plain))
+            if type(file) is not type(reference):
+                got = f"{args.reference}, another kind of file than {args.file}"
+                raise InputError("--reference", got, "a twin of it")
+        tensors = selected_tensors(file, settings.layers)
+        if args.layers and not tensors:
+            raise InputError("--layers", args.layers, "layers that the file has")
+        total = sum(t.n_bytes for t in tensors) * (1 + len(candidates))
+        with console.Progress(total, "inspecting") as progress:
+            found = inspect_file(file, reference, settings, progress)
+        report = inspect_report.report(found, args.reference, _limits(args), _cheapest(args, found))
+        if args.html:
+            from .inspect_html import write_html
+
+            write_html(args.html, report, found)
+        if args.json:
+            console.print_json(report)
+        else:
+            from .inspect_text import print_report
+
+            print_report(report)
+            if args.html:
+                print(f"\nwrote {args.html}")
+    return console.OK
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.threads is not None and args.threads < 1:
+        raise InputError("--threads", str(args.threads), "at least 1")
+    if args.max_rows < 0 or args.max_rows == 1:
+        raise InputError("--max-rows", str(args.max_rows), "at least 2, or 0 for all")
+    for name in ("max_kl", "max_output_error"):
+        value = getattr(args, name)
+        flag = "--" + name.replace("_", "-")
+        if value is not None and not value >= 0:
+            raise InputError(flag, str(value), "a number from 0 up")
+        if value is not None and not args.candidates:
+            raise InputError(flag, str(value), "--candidates to choose from")
+
+
+def _layer_set(text: str | None) -> set[int] | None:
+    if text is None:
+        return None
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise InputError("--layers", text, "numbers and ranges, such as 0,5-8")
+        layers.update(range(int(first), int(last or first) + 1))
+    return layers
+
+
+def _open(args: argparse.Namespace, path: str, **changes) -> GgufFile | StateFile:
+    from gguf_io import open_gguf
+    from gguf_io.state import is_state_file
+
+    if is_state_file(path):
+        return state_options.open_from(args, path, **changes)
+    console.refuse_flags(args, state_options.NAMES, f"{path} is a GGUF file", "a state file")
+    return open_gguf(path, changes.get("dialect", args.dialect))
+
+
+def _limits(args: argparse.Namespace) -> dict[str, float]:
+    max_kl = DEFAULT_MAX_KL if args.max_kl is None else args.max_kl
+    output = max_kl if args.max_output_error is None else args.max_output_error
+    return {"max_kl": max_kl, "max_output_error": output}
+
+
+def _cheapest(args: argparse.Namespace, found) -> list[Combination]:
+    from .candidates import cheapest
+
+    layers = found.layer_candidates()
+    return cheapest(layers, **_limits(args)) if layers else []
+
+
+if __name__ == "__main__":
+    sys.exit(main())
