@@ -153,8 +153,8 @@ class _Keys:
         if pattern is None:
             return None
         if hasattr(pattern, "__len__"):
-            if not len(pattern):
-                self._fail(name, [], "a period or one flag per layer")
+            if isinstance(pattern, str) or not len(pattern):
+                self._fail(name, pattern, "a period or one flag per layer")
             return tuple(bool(pattern[il % len(pattern)]) for il in range(n_layer))
         if isinstance(pattern, bool) or not isinstance(pattern, int) or pattern < 0:
             self._fail(name, pattern, "a period or one flag per layer")

@@ -132,11 +132,13 @@ class StateFile:
 
     @property
     def deferred_state(self) -> str | None:
-        """llama-tq's state of the staged rows, from DEFERRED_STATES; None for other forks."""
-        for memory in self.memories:
-            if isinstance(memory, KvMemory) and memory.deferred is not None:
-                return DEFERRED_STATES[memory.deferred]
-        return None
+        """llama-tq's state of the staged rows, from DEFERRED_STATES; None for other forks.
+
+        Where two caches differ, the one that is furthest from done.
+        """
+        states = [m.deferred for m in self.memories if isinstance(m, KvMemory)]
+        known = [state for state in states if state is not None]
+        return DEFERRED_STATES[min(known, key=_distance_to_done)] if known else None
 
     @property
     def has_server_tokens(self) -> bool:
@@ -252,6 +254,11 @@ def is_state_file(path: str | os.PathLike) -> bool:
         return True
     containers = _containers(Path(path), mapped, any_version=False) if len(start) == 4 else []
     return any(readings(mapped, c.memory_at)[0] for c in containers)
+
+
+def _distance_to_done(state: int) -> int:
+    """Order the deferred states: staging, ready, done, off."""
+    return state or len(DEFERRED_STATES)
 
 
 def writes_deferred(dialect: str) -> bool:

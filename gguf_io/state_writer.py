@@ -78,13 +78,13 @@ class Plan:
     Attributes:
         state: the source.
         dialect: whose file is written; None if nothing in it depends on that.
-        deferred: index into DEFERRED_STATES, None if the dialect has no such byte.
+        deferred: per memory, an index into DEFERRED_STATES; None where the file has no such byte.
         conversions: one per tensor, by name.
     """
 
     state: StateFile
     dialect: str | None
-    deferred: int | None
+    deferred: tuple[int | None, ...]
     conversions: dict[str, Conversion]
 
     @property
@@ -290,15 +290,16 @@ def _check_staging(plan: Plan) -> None:
 
 def _deferred(
     state: StateFile, dialect: str | None, conversions: dict[str, Conversion]
-) -> int | None:
-    """Return the deferred state to write: done if llama-tq would have staged any of the types."""
-    have = state.deferred_state
-    if not any(c.converts for c in conversions.values()) and have is not None:
-        return DEFERRED_STATES.index(have)
-    if dialect is None or not writes_deferred(dialect):
-        return None
-    staged = any(_is_staged(c.format) for c in conversions.values())
-    return DEFERRED_STATES.index("done" if staged else "off")
+) -> tuple[int | None, ...]:
+    """Return the deferred states to write: done if llama-tq would have staged any of the types."""
+    have = tuple(getattr(memory, "deferred", None) for memory in state.memories)
+    if not any(c.converts for c in conversions.values()):
+        return have
+    new = None
+    if dialect is not None and writes_deferred(dialect):
+        staged = any(_is_staged(c.format) for c in conversions.values())
+        new = DEFERRED_STATES.index("done" if staged else "off")
+    return tuple(new if isinstance(memory, KvMemory) else None for memory in state.memories)
 
 
 def _is_staged(kind: TensorType) -> bool:
@@ -326,16 +327,16 @@ class _Serialiser:
     def pieces(self) -> Iterator[bytes | np.ndarray]:
         state = self.plan.state
         yield state.header
-        for memory in state.memories:
+        for memory, deferred in zip(state.memories, self.plan.deferred, strict=True):
             if isinstance(memory, RecurrentMemory):
                 yield from self._recurrent(memory)
             else:
-                yield from self._kv(memory)
+                yield from self._kv(memory, deferred)
 
-    def _kv(self, memory: KvMemory) -> Iterator[bytes | np.ndarray]:
+    def _kv(self, memory: KvMemory, deferred: int | None) -> Iterator[bytes | np.ndarray]:
         yield struct.pack("<I", len(memory.streams))
-        if self.plan.deferred is not None:
-            yield struct.pack("<B", self.plan.deferred)
+        if deferred is not None:
+            yield struct.pack("<B", deferred)
         for stream in memory.streams:
             yield from self._stream(stream)
 

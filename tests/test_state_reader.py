@@ -334,6 +334,23 @@ def test_fork_types_without_a_dialect_stay_raw(state_file):
             t.values()
 
 
+def test_the_same_type_with_its_fields_the_other_way_round_is_not_guessed(tmp_path):
+    """AmesianX has pr21089's id, name and size, with d in front."""
+    data = bytearray(sample("pr21089.tbq3_0.seq0").read_bytes())
+    with open_state(sample("pr21089.tbq3_0.seq0")) as s:
+        for t in s.tensors.values():
+            (part,) = t.parts
+            rows = np.roll(t.rows(), 2, axis=1)
+            data[part.data : part.end] = rows.tobytes()
+    path = tmp_path / "other.bin"
+    path.write_bytes(data)
+    with open_state(path) as s:
+        assert s.dialect is None
+        assert s.tensors["cache_k_l0"].format.name == "unknown(42)"
+    with pytest.raises(FileFormatError, match="negative scales where pr21089:tbq3_0 keeps"):
+        open_state(path, dialect=PR)
+
+
 def test_server_tokens_are_recognised(state_file):
     with open_state(state_file(sb.sequence(sb.kv(2), tokens=(-1, 1, 3, 4)))) as s:
         assert s.has_server_tokens

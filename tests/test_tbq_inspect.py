@@ -275,6 +275,7 @@ def test_statistics_see_an_outlier_channel_and_the_rotation_spreads_it(tmp_path,
     assert plain["channel_ratio"] < 1.6
     assert plain["kurtosis"] == pytest.approx(3, abs=0.3)
     assert outlier["channel_ratio"] > 20
+    assert np.argmax(outlier["channel_rms"]) == 17
     assert outlier["kurtosis"] > 50
     assert outlier["kurtosis_rotated"] < 6
     assert plain["marginal_distance"] < 0.02 < outlier["marginal_distance"]

@@ -141,7 +141,7 @@ def _tensor(f: Findings) -> dict:
         else {
             "rows": f.rows,
             "rotation": f.statistics_rotation,
-            "heads": [head.report() for head in f.heads],
+            "heads": [head.report(with_channels=t.kind in "KV") for head in f.heads],
         },
         "reference": None
         if f.distortion is None

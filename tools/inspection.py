@@ -184,7 +184,7 @@ def inspect_file(
             if other is not None and not f.undecodable:
                 _compare(f, other, pairings.get(f.tensor.memory), inspection, settings)
         _attention(done, others, pairings, settings)
-        _try_candidates(done, settings, progress)
+        _try_candidates(done, inspection, settings, progress)
         for t in group:
             t.release(0, t.n_cells)
     order = {t.name: i for i, t in enumerate(tensors)}
@@ -410,7 +410,9 @@ def _attention(
 # --- candidates ----------------------------------------------------------------------------------
 
 
-def _try_candidates(done: list[Findings], settings: Settings, progress: Progress) -> None:
+def _try_candidates(
+    done: list[Findings], inspection: Inspection, settings: Settings, progress: Progress
+) -> None:
     """Try every candidate on a layer's K and V, or on a model's tensor."""
     usable = [f for f in done if not f.undecodable and f.tensor.kind in "KVT" and f.heads]
     if not settings.candidates or not usable:
@@ -424,6 +426,10 @@ def _try_candidates(done: list[Findings], settings: Settings, progress: Progress
         exact = ExactAttention(values["K"], v if same_heads else None)
     for f in usable:
         side = f.tensor.kind
+        if is_quantized(f.tensor.format):
+            inspection.warn(
+                "candidates were tried on values that are quantised already, which flatters some"
+            )
         for kind in settings.candidates:
             f.candidates.append(try_candidate(kind, side, values[side], exact, settings.threads))
             progress.advance(f.tensor.n_bytes)

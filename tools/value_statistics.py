@@ -37,12 +37,13 @@ class HeadStatistics:
     kurtosis_rotated: float | None
     marginal_distance: float
 
-    def report(self) -> dict:
-        """Return the numbers for the JSON report."""
+    def report(self, with_channels: bool) -> dict:
+        """Return the numbers for the JSON report, those of each channel if wanted."""
         return {
             "norm_mean": self.norm_mean,
             "norm_min": self.norm_min,
             "norm_max": self.norm_max,
+            "channel_rms": self.channel_rms.tolist() if with_channels else None,
             "channel_ratio": self.channel_ratio,
             "kurtosis": self.kurtosis,
             "kurtosis_rotated": self.kurtosis_rotated,
