@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import tbq
-from tools import tbq_quantize
+from tools import tbq_inspect, tbq_quantize
 
 HERE = Path(__file__).parent
 SAMPLES = HERE / "samples"
@@ -50,17 +50,24 @@ def run_program(*args: object, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=HERE.parent, **kwargs)
 
 
-@pytest.fixture
-def quantize(capsys):
-    """Run tbq-quantize in this process; returns (exit code, stdout, stderr)."""
+def program(main):
+    """Return a fixture that runs a program in this process: (exit code, stdout, stderr)."""
 
-    def run(*args: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = tbq_quantize.main([str(arg) for arg in args])
-        except SystemExit as stop:  # argparse
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+    @pytest.fixture
+    def fixture(capsys):
+        def run(*args: object) -> tuple[int, str, str]:
+            capsys.readouterr()
+            try:
+                code = main([str(arg) for arg in args])
+            except SystemExit as stop:  # argparse
+                code = stop.code
+            captured = capsys.readouterr()
+            return code, captured.out, captured.err
 
-    return run
+        return run
+
+    return fixture
+
+
+quantize = program(tbq_quantize.main)
+inspect = program(tbq_inspect.main)

@@ -14,7 +14,6 @@ from conftest import HERE, MODELS, SAMPLES, STATES
 
 import tbq
 from gguf_io import OutputTensor, open_state, resolve_type, write_gguf
-from tools import tbq_inspect
 
 SCHEMA = json.loads((HERE.parent / "tools/data/tbq-inspect.schema.json").read_text())
 F32 = STATES / "pr21089.f32.seq0.bin"
@@ -23,22 +22,6 @@ TWIN = STATES / "pr21089.f16-same-prompt-as-q8_0.seq0.bin"
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-
-
-@pytest.fixture
-def inspect(capsys):
-    """Run tbq-inspect in this process; returns (exit code, stdout, stderr)."""
-
-    def run(*args: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = tbq_inspect.main([str(arg) for arg in args])
-        except SystemExit as stop:  # argparse
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,14 @@ import numpy as np
 from gguf_io import AtomicFiles
 from tbq import BackendError
 
-from .inspect_text import MIB, tried
+from .inspect_text import (
+    CANDIDATE_HEADER,
+    MIB,
+    REFERENCE_HEADER,
+    candidate_rows,
+    number,
+    reference_rows,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,7 +73,10 @@ def _page(report: dict, found: Inspection) -> str:
         body.append(f'<h2>Warnings</h2><ul class="warnings">{items}</ul>')
     body.append(_choice(report))
     body += _plots(found)
-    body += [_reference_table(report), _candidate_table(report), _tensor_table(report)]
+    path = report["reference"]["path"] if report["reference"] else ""
+    body.append(_table(f"Against {path}", REFERENCE_HEADER, reference_rows(report)))
+    body.append(_table("Candidates", CANDIDATE_HEADER, candidate_rows(report)))
+    body.append(_tensor_table(report))
     head = f'<meta charset="utf-8"><title>tbq-inspect: {escape(report["path"])}</title>'
     head += '<meta name="viewport" content="width=device-width">'
     head += f"<style>{STYLE}</style>"
@@ -80,8 +90,8 @@ def _facts(report: dict) -> str:
     totals = report["totals"]
     facts = {
         "size": f"{totals['tensors']} tensors, {totals['n_bytes'] / MIB:.2f} MiB, "
-        f"{_number(totals['bpw'], '.2f')} bits per value, "
-        f"{_number(totals['compression'], '.2f')} times smaller than f16",
+        f"{number(totals['bpw'], '.2f')} bits per value, "
+        f"{number(totals['compression'], '.2f')} times smaller than f16",
         "dialect": f"{report['dialect'] or 'none'}: {report['dialect_reason']}",
     }
     state = report["state"]
@@ -100,11 +110,7 @@ def _facts(report: dict) -> str:
     return f"<dl>{rows}</dl>"
 
 
-def _number(value: float | None, spec: str) -> str:
-    return "–" if value is None or value != value else format(value, spec)
-
-
-def _table(title: str, header: list[str], rows: list[list[str]]) -> str:
+def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     if not rows:
         return ""
     lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
@@ -125,12 +131,12 @@ def _tensor_table(report: dict) -> str:
                     t["name"],
                     t["type"],
                     str(i),
-                    _number(t["bpw"], ".3f"),
-                    _number(head.get("norm_mean"), ".4g"),
-                    _number(head.get("channel_ratio"), ".2f"),
-                    _number(head.get("kurtosis"), ".2f"),
-                    _number(head.get("kurtosis_rotated"), ".2f"),
-                    _number(head.get("marginal_distance"), ".4f"),
+                    number(t["bpw"], ".3f"),
+                    number(head.get("norm_mean"), ".4g"),
+                    number(head.get("channel_ratio"), ".2f"),
+                    number(head.get("kurtosis"), ".2f"),
+                    number(head.get("kurtosis_rotated"), ".2f"),
+                    number(head.get("marginal_distance"), ".4f"),
                 ]
             )
     header = [
@@ -147,54 +153,6 @@ def _tensor_table(report: dict) -> str:
     return _table("Layers and heads", header, rows)
 
 
-def _reference_table(report: dict) -> str:
-    rows = []
-    for t in report["tensors"]:
-        if t["reference"]:
-            a = t["reference"]["attention"] or {}
-            rows.append(
-                [
-                    t["name"],
-                    t["type"],
-                    _number(t["reference"]["relative_mse"], ".3e"),
-                    _number(t["reference"]["cosine"], ".6f"),
-                    _number(a.get("logit_rmse"), ".4f"),
-                    _number(a.get("kl"), ".2e"),
-                    _number(a.get("output_error"), ".2e"),
-                ]
-            )
-    path = report["reference"]["path"] if report["reference"] else ""
-    header = [
-        "tensor",
-        "type",
-        "relative MSE",
-        "cosine",
-        "logit error",
-        "softmax KL",
-        "output error",
-    ]
-    return _table(f"Against {path}", header, rows)
-
-
-def _candidate_table(report: dict) -> str:
-    rows = []
-    for t in report["tensors"]:
-        for c in tried(t):
-            a = c["attention"] or {}
-            rows.append(
-                [
-                    t["name"],
-                    c["type"],
-                    _number(c["bpw"], ".3f"),
-                    _number(c["relative_mse"], ".3e"),
-                    _number(a.get("kl") if t["kind"] == "K" else None, ".2e"),
-                    c["unfit"] or _number(a.get("output_error"), ".2e"),
-                ]
-            )
-    header = ["tensor", "candidate", "bits", "relative MSE", "softmax KL", "output error"]
-    return _table("Candidates", header, rows)
-
-
 def _choice(report: dict) -> str:
     choice = report["choice"]
     note = f"<p>{escape(report['assumptions'])}</p>" if report["assumptions"] else ""
@@ -203,9 +161,9 @@ def _choice(report: dict) -> str:
     rows = []
     for c in choice["combinations"]:
         dialect = c["dialect"] or "ggml"
-        rows.append([dialect, "all", c["k"], c["v"] or "–", _number(c["bpw"], ".2f")])
+        rows.append([dialect, "all", c["k"], c["v"] or "–", number(c["bpw"], ".2f")])
         for i, layer in enumerate(c["layers"]):
-            bits = _number(c["layers_bpw"], ".2f") if i == 0 else ""
+            bits = number(c["layers_bpw"], ".2f") if i == 0 else ""
             rows.append([dialect, layer["layer"], layer["k"], layer["v"] or "–", bits])
     limits = f"KL up to {choice['max_kl']:g}, output error up to {choice['max_output_error']:g}"
     header = ["dialect", "layer", "K", "V", "bits per value"]
@@ -265,8 +223,8 @@ def _looks(names: Iterable[str]) -> dict[str, dict[str, str]]:
 def _series(found: Inspection) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
     """Return, per side, the error of each candidate and of the file itself by layer."""
     sides: dict[str, dict[str, tuple[list[int], list[float]]]] = {}
-    for number, f in enumerate(found.findings):
-        layer = number if f.tensor.layer is None else f.tensor.layer
+    for place, f in enumerate(found.findings):
+        layer = place if f.tensor.layer is None else f.tensor.layer
         points = [(c.type.name, c.relative_mse) for c in f.candidates if c.unfit is None]
         if f.distortion is not None:
             points.append((f"this file ({f.tensor.format.name})", f.relative_mse))

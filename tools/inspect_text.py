@@ -26,7 +26,8 @@ def _wrapped(prefix: str, text: str) -> str:
     return textwrap.fill(text, WIDTH, initial_indent=prefix, subsequent_indent=" " * len(prefix))
 
 
-def _number(value: float | None, spec: str) -> str:
+def number(value: float | None, spec: str) -> str:
+    """Format a number; a dash for None and NaN."""
     return "-" if value is None or value != value else format(value, spec)
 
 
@@ -50,8 +51,8 @@ def _print_file(report: dict) -> None:
     print(_wrapped("  dialect   ", f"{report['dialect'] or 'none'}: {report['dialect_reason']}"))
     totals = report["totals"]
     size = f"{totals['tensors']} tensors, {totals['n_bytes'] / MIB:.2f} MiB"
-    size += f", {_number(totals['bpw'], '.2f')} bits per value"
-    print(f"  size      {size}, {_number(totals['compression'], '.2f')} times smaller than f16")
+    size += f", {number(totals['bpw'], '.2f')} bits per value"
+    print(f"  size      {size}, {number(totals['compression'], '.2f')} times smaller than f16")
 
 
 def _print_state(state: dict) -> None:
@@ -94,15 +95,68 @@ def _print_tensors(tensors: list[dict]) -> None:
                 t["name"],
                 t["type"].rpartition(":")[2],
                 "x".join(map(str, t["ggml_shape"])),
-                _number(t["bpw"], ".2f"),
-                _number(_median([h["norm_mean"] for h in heads]), ".3g"),
-                _number(max((h["channel_ratio"] for h in heads), default=None), ".1f"),
-                _number(_median([h["kurtosis"] for h in heads]), ".1f"),
-                _number(_median([h["kurtosis_rotated"] for h in heads]), ".1f"),
-                _number(_median([h["marginal_distance"] for h in heads]), ".3f"),
+                number(t["bpw"], ".2f"),
+                number(_median([h["norm_mean"] for h in heads]), ".3g"),
+                number(max((h["channel_ratio"] for h in heads), default=None), ".1f"),
+                number(_median([h["kurtosis"] for h in heads]), ".1f"),
+                number(_median([h["kurtosis_rotated"] for h in heads]), ".1f"),
+                number(_median([h["marginal_distance"] for h in heads]), ".3f"),
             )
         )
     table(header, rows)
+
+
+REFERENCE_HEADER = (
+    "tensor",
+    "type",
+    "relative MSE",
+    "cosine",
+    "logit error",
+    "softmax KL",
+    "output error",
+)
+CANDIDATE_HEADER = ("tensor", "candidate", "bits", "relative MSE", "softmax KL", "output error")
+
+
+def reference_rows(report: dict) -> list[tuple[str, ...]]:
+    """Return the table of errors against the reference."""
+    rows = []
+    for t in report["tensors"]:
+        if t["reference"]:
+            a = t["reference"]["attention"] or {}
+            rows.append(
+                (
+                    t["name"],
+                    t["type"],
+                    number(t["reference"]["relative_mse"], ".3e"),
+                    number(t["reference"]["cosine"], ".6f"),
+                    number(a.get("logit_rmse"), ".4f"),
+                    number(a.get("kl"), ".2e"),
+                    number(a.get("output_error"), ".2e"),
+                )
+            )
+    return rows
+
+
+def candidate_rows(report: dict) -> list[tuple[str, ...]]:
+    """Return the table of candidates, but for those that are made for a tensor's other side."""
+    rows = []
+    for t in report["tensors"]:
+        for c in t["candidates"]:
+            if (c["unfit"] or "").endswith(" only"):
+                continue
+            a = c["attention"] or {}
+            rows.append(
+                (
+                    t["name"],
+                    c["type"],
+                    number(c["bpw"], ".2f"),
+                    number(c["relative_mse"], ".3e"),
+                    number(a.get("kl") if t["kind"] == "K" else None, ".2e"),
+                    c["unfit"] or number(a.get("output_error"), ".2e"),
+                )
+            )
+    return rows
 
 
 def _print_reference(report: dict) -> None:
@@ -111,57 +165,17 @@ def _print_reference(report: dict) -> None:
     cells = report["reference"]["cells"]
     over = f" over {cells} cells" if cells is not None else ""
     print(f"\nAgainst {report['reference']['path']}{over}")
-    header = ("tensor", "type", "relative MSE", "cosine", "logit error", "softmax KL", "output")
-    rows = []
-    for t in report["tensors"]:
-        if t["reference"]:
-            a = t["reference"]["attention"] or {}
-            rows.append(
-                (
-                    t["name"],
-                    t["type"].rpartition(":")[2],
-                    _number(t["reference"]["relative_mse"], ".3e"),
-                    _number(t["reference"]["cosine"], ".6f"),
-                    _number(a.get("logit_rmse"), ".4f"),
-                    _number(a.get("kl"), ".2e"),
-                    _number(a.get("output_error"), ".2e"),
-                )
-            )
-    table(header, rows)
+    table(REFERENCE_HEADER, reference_rows(report))
     if any(t["reference"] and t["reference"]["attention"] for t in report["tensors"]):
         print(_wrapped("  ", "The attention of a layer is that of its K and V together."))
 
 
-def tried(tensor: dict) -> list[dict]:
-    """Return the candidates of a tensor but for those that are made for the other side."""
-    return [c for c in tensor["candidates"] if not (c["unfit"] or "").endswith(" only")]
-
-
 def _print_candidates(report: dict) -> None:
-    tensors = [t for t in report["tensors"] if t["candidates"]]
-    if not tensors:
+    rows = candidate_rows(report)
+    if not rows:
         return
     print("\nCandidates (K: what it does to attention weights; V: to attention output)")
-    header = ("tensor", "candidate", "bits", "relative MSE", "softmax KL", "output error")
-    rows = []
-    for t in tensors:
-        for c in tried(t):
-            if c["unfit"]:
-                rows.append((t["name"], c["type"], _number(c["bpw"], ".2f"), "-", "-", c["unfit"]))
-                continue
-            a = c["attention"] or {}
-            kl = a.get("kl") if t["kind"] == "K" else None
-            rows.append(
-                (
-                    t["name"],
-                    c["type"],
-                    _number(c["bpw"], ".2f"),
-                    _number(c["relative_mse"], ".3e"),
-                    _number(kl, ".2e"),
-                    _number(a.get("output_error"), ".2e"),
-                )
-            )
-    table(header, rows)
+    table(CANDIDATE_HEADER, rows)
     _print_choice(report["choice"])
     if report["assumptions"]:
         print(_wrapped("  ", report["assumptions"]))
