@@ -4,6 +4,7 @@ Importing this package imports NumPy and defines things; Numba is imported when 
 """
 
 from tbq.api import dequantize, dequantize_paired, quantize, quantize_paired
+from tbq.attention import scores, weighted_sum
 from tbq.errors import (
     AmbiguousTypeError,
     BackendError,
@@ -35,4 +36,6 @@ __all__ = [
     "quantize",
     "quantize_paired",
     "rotation",
+    "scores",
+    "weighted_sum",
 ]

@@ -49,7 +49,7 @@ def quantize(
     (2, 98)
     """
     fmt = get_format(fmt)
-    x = _floating(x)
+    x = checked_floating(x)
     packed_shape = (*x.shape[:-1], fmt.row_bytes(x.shape[-1]))
     if first_block and fmt.block_index != "tensor":
         need = f"0: blocks of {fmt.key} do not depend on their position in the tensor"
@@ -62,7 +62,7 @@ def quantize(
     kernel = fmt.kernels().quantize
 
     def work(start: int, stop: int) -> None:
-        kernel(_float32(rows[start:stop]), packed[start:stop], first_block + start * row_blocks)
+        kernel(as_float32(rows[start:stop]), packed[start:stop], first_block + start * row_blocks)
 
     _for_row_chunks(work, *rows.shape, threads)
     return out
@@ -92,7 +92,7 @@ def dequantize(
         CorruptBlockError: an outlier's position is beyond its block, where C writes out of bounds.
     """
     fmt = get_format(fmt)
-    packed = _packed(packed)
+    packed = checked_packed(packed)
     shape = (*packed.shape[:-1], fmt.row_values(packed.shape[-1]))
     out = _output(out, shape, np.dtype(np.float32))
     rows, y = packed.reshape(-1, packed.shape[-1]), out.reshape(-1, shape[-1])
@@ -126,15 +126,15 @@ def quantize_paired(
         InputError: wrong dtype, row length, sibling or `out`; a finite value beyond float32.
     """
     fmt, lender = _pair()
-    x = _floating(x)
+    x = checked_floating(x)
     out = _output(out, (*x.shape[:-1], fmt.row_bytes(x.shape[-1])), np.dtype(np.uint8))
-    siblings = _sibling_blocks(sibling, lender, x.shape)
+    siblings = sibling_blocks(sibling, lender, x.shape)
     kernel, levels = _paired_kernels()
     rows, packed = x.reshape(-1, x.shape[-1]), out.reshape(-1, out.shape[-1])
     row_blocks = x.shape[-1] // fmt.block_values
 
     def work(start: int, stop: int) -> None:
-        values = _float32(rows[start:stop]).reshape(-1, fmt.block_values)
+        values = as_float32(rows[start:stop]).reshape(-1, fmt.block_values)
         lent = siblings[start * row_blocks : stop * row_blocks]
         kernel.quantize_paired(
             values, lent, levels, packed[start:stop].reshape(-1, fmt.block_bytes)
@@ -160,10 +160,10 @@ def dequantize_paired(
         InputError: wrong dtype, row length, sibling or `out`.
     """
     fmt, lender = _pair()
-    packed = _packed(packed)
+    packed = checked_packed(packed)
     shape = (*packed.shape[:-1], fmt.row_values(packed.shape[-1]))
     out = _output(out, shape, np.dtype(np.float32))
-    siblings = _sibling_blocks(sibling, lender, shape)
+    siblings = sibling_blocks(sibling, lender, shape)
     kernel, levels = _paired_kernels()
     rows, y = packed.reshape(-1, packed.shape[-1]), out.reshape(-1, shape[-1])
     row_blocks = shape[-1] // fmt.block_values
@@ -188,7 +188,7 @@ def _paired_kernels():
     return xktq, xktq.LEVELS
 
 
-def _sibling_blocks(sibling: np.ndarray, lender: Format, shape: tuple[int, ...]) -> np.ndarray:
+def sibling_blocks(sibling: np.ndarray, lender: Format, shape: tuple[int, ...]) -> np.ndarray:
     """Check packed sibling rows for values of this shape; return their blocks (n, bytes)."""
     sibling = np.asarray(sibling)
     need = (*shape[:-1], lender.row_bytes(shape[-1]))
@@ -198,7 +198,8 @@ def _sibling_blocks(sibling: np.ndarray, lender: Format, shape: tuple[int, ...])
     return np.ascontiguousarray(sibling).reshape(-1, lender.block_bytes)
 
 
-def _packed(packed: np.ndarray) -> np.ndarray:
+def checked_packed(packed: np.ndarray) -> np.ndarray:
+    """Return packed rows as an array; InputError if they are not uint8 (..., row_bytes)."""
     packed = np.asarray(packed)
     if packed.dtype != np.uint8 or packed.ndim == 0:
         got = f"{packed.dtype} array of shape {packed.shape}"
@@ -206,17 +207,18 @@ def _packed(packed: np.ndarray) -> np.ndarray:
     return packed
 
 
-def _floating(x: np.ndarray) -> np.ndarray:
+def checked_floating(x: np.ndarray, argument: str = "x") -> np.ndarray:
+    """Return floats as an array (..., n) of their dtype; InputError if they are not real floats."""
     x = np.asarray(x)
     # bfloat16 comes from ml_dtypes, which registers it with NumPy as a dtype of kind "V".
     if x.dtype.kind != "f" and x.dtype.name != "bfloat16":
-        raise InputError("x", f"dtype {x.dtype}", "a real floating dtype")
+        raise InputError(argument, f"dtype {x.dtype}", "a real floating dtype")
     if x.ndim == 0:
-        raise InputError("x", "a scalar", "an array (..., n)")
+        raise InputError(argument, "a scalar", "an array (..., n)")
     return x
 
 
-def _float32(rows: np.ndarray) -> np.ndarray:
+def as_float32(rows: np.ndarray) -> np.ndarray:
     """Return rows as native, contiguous float32; refuse finite values that would overflow."""
     if rows.dtype.itemsize <= 4:
         return np.ascontiguousarray(rows, np.float32)

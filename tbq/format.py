@@ -18,16 +18,23 @@ def no_anomalies(fmt: Format, blocks: np.ndarray, index: np.ndarray) -> dict[str
     return {}
 
 
+def no_rotation(fmt: Format, x: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+    """For formats that store values as they are given."""
+    return x
+
+
 class RowKernels(NamedTuple):
     """The Numba kernels of one format. They check nothing, allocate nothing and release the GIL.
 
     quantize(x, packed, first_block): float32 (rows, n) to uint8 (rows, row_bytes).
     dequantize(packed, y): uint8 (rows, row_bytes) to float32 (rows, n). Returns None, or, for
         formats with fields that can be out of range, the first block where one is, else -1.
+    levels(packed, y): the same, before the format's own rotation is undone.
     """
 
     quantize: Callable[[np.ndarray, np.ndarray, int], None]
     dequantize: Callable[[np.ndarray, np.ndarray], int | None]
+    levels: Callable[[np.ndarray, np.ndarray], int | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +59,10 @@ class Format:
             there can be)}.
         anomalies: (fmt, `block` (n,), block indices (n,)) to what no encoder of the dialect writes:
             {description: bool (n,)}.
+        levels_ref: (fmt, `block` (n,)) to float32 (n, block_values): each code's level times the
+            block's scale, before the format's own rotation is undone.
+        rotate_ref, unrotate_ref: (fmt, float32 (n, block_values), `block` (n,)) to the same shape:
+            the format's own rotation and its inverse; the blocks give the signs, where it has any.
         kernels_module: module whose `kernels(fmt)` returns the RowKernels; imported on first use.
         scales: fields of `block` that hold non-negative float16 scales.
         sibling: key of the format whose blocks lend theirs the codes; None if they stand alone.
@@ -76,6 +87,9 @@ class Format:
     kernels_module: str
     codes: Callable[[Format, np.ndarray], dict[str, tuple[np.ndarray, int]]]
     anomalies: Callable[[Format, np.ndarray, np.ndarray], dict[str, np.ndarray]]
+    levels_ref: Callable[[Format, np.ndarray], np.ndarray]
+    rotate_ref: Callable[[Format, np.ndarray, np.ndarray], np.ndarray]
+    unrotate_ref: Callable[[Format, np.ndarray, np.ndarray], np.ndarray]
     scales: tuple[str, ...] = ("d",)
     sibling: str | None = None
     block_index: Literal["none", "row", "tensor"] = "none"

@@ -43,7 +43,7 @@ from __future__ import annotations
 import numpy as np
 
 from tbq.bitpack import pack, unpack
-from tbq.format import Format
+from tbq.format import Format, no_rotation
 from tbq.numerics import fnv1a, fp16_bits, fwht, ordered_sum, philox6, symmetric
 
 QK = 32
@@ -138,10 +138,41 @@ def quantize_ref(fmt: Format, x: np.ndarray, index: np.ndarray) -> np.ndarray:
 
 def dequantize_ref(fmt: Format, blocks: np.ndarray) -> np.ndarray:
     """Dequantise blocks (n,) to float32 (n, 32)."""
-    plus = 0 if fmt.dialect == CUDA else 1
     with np.errstate(all="ignore"):
         d = blocks["d"].astype(np.float32)[:, None]
-        return np.where(d < TINY, np.float32(0), unscaled(blocks, code_bits(fmt), plus) * d)
+        return np.where(
+            d < TINY, np.float32(0), unscaled(blocks, code_bits(fmt), plus_bit(fmt)) * d
+        )
+
+
+def plus_bit(fmt: Format) -> int:
+    """Return which value of a sign bit the dialect's decoders read as +1."""
+    return 0 if fmt.dialect == CUDA else 1
+
+
+def block_signs(fmt: Format, blocks: np.ndarray) -> np.ndarray:
+    """Return the signs (n, 32) with which blocks (n,) are decoded."""
+    plus = unpack(blocks["sb"], 1) == plus_bit(fmt)
+    return np.where(plus, np.float32(1), np.float32(-1))
+
+
+def levels_ref(fmt: Format, blocks: np.ndarray) -> np.ndarray:
+    """Return the scaled levels of blocks (n,), float32 (n, 32), still rotated."""
+    bits = code_bits(fmt)
+    with np.errstate(all="ignore"):
+        d = blocks["d"].astype(np.float32)[:, None]
+        r = CODEBOOKS[bits][unpack(blocks["qs"], bits)] * SCALE
+        return np.where(d < TINY, np.float32(0), r * d)
+
+
+def rotate_ref(fmt: Format, x: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+    """Give float32 (n, 32) the signs of blocks (n,), then transform."""
+    return fwht(x * block_signs(fmt, blocks)) * SCALE
+
+
+def unrotate_ref(fmt: Format, x: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+    """Transform float32 (n, 32), then give it the signs of blocks (n,)."""
+    return fwht(x) * SCALE * block_signs(fmt, blocks)
 
 
 def unscaled(blocks: np.ndarray, bits: int = 2, plus: int = 1) -> np.ndarray:
@@ -224,6 +255,9 @@ def _format(dialect: str, bits: int, type_id: int) -> Format:
         kernels_module="tbq.kernels.ktq",
         codes=codes,
         anomalies=anomalies,
+        levels_ref=levels_ref,
+        rotate_ref=rotate_ref,
+        unrotate_ref=unrotate_ref,
         block_index="tensor" if cuda else "row",
         aliases=() if cuda else (f"ktq{bits}",),
         notes=notes,
@@ -245,6 +279,9 @@ XKTQ2_1 = Format(
     kernels_module="tbq.kernels.xktq",
     codes=_no_codes,
     anomalies=padding,
+    levels_ref=_dequantize_alone,
+    rotate_ref=no_rotation,
+    unrotate_ref=no_rotation,
     sibling="llama-tq:ktq2_1",
     notes="Holds scales only; without a sibling ktq2_1 row it decodes to zeros, by design.",
 )

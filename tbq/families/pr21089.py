@@ -83,9 +83,7 @@ def quantize_ref(fmt: Format, x: np.ndarray, index: np.ndarray) -> np.ndarray:
     with np.errstate(all="ignore"):
         norm = np.sqrt(ordered_sum(x * x))
         norm = np.where(norm < MIN_NORM, MIN_NORM, norm)
-        unit = x / norm[:, None]
-        rotated = _matvec(qr_rotation(), unit.reshape(-1, QR_SIZE)).reshape(x.shape)
-        v = rotated * SCALE_UP
+        v = rotate_ref(fmt, x / norm[:, None]) * SCALE_UP
         codes = (~(v[..., None] < BOUNDARIES[bits])).sum(axis=-1)
     blocks = np.zeros(len(x), fmt.block)
     blocks["qs"] = pack(codes, bits)
@@ -98,8 +96,25 @@ def dequantize_ref(fmt: Format, blocks: np.ndarray) -> np.ndarray:
     bits = code_bits(fmt)
     with np.errstate(all="ignore"):
         r = CODEBOOKS[bits][unpack(blocks["qs"], bits)] * SCALE_DOWN
-        u = _matvec(qr_rotation().T, r.reshape(-1, QR_SIZE)).reshape(r.shape)
-        return u * blocks["d"].astype(np.float32)[:, None]
+        return unrotate_ref(fmt, r) * blocks["d"].astype(np.float32)[:, None]
+
+
+def levels_ref(fmt: Format, blocks: np.ndarray) -> np.ndarray:
+    """Return the scaled levels of blocks (n,), float32 (n, 256), still rotated."""
+    bits = code_bits(fmt)
+    with np.errstate(all="ignore"):
+        r = CODEBOOKS[bits][unpack(blocks["qs"], bits)] * SCALE_DOWN
+        return r * blocks["d"].astype(np.float32)[:, None]
+
+
+def rotate_ref(fmt: Format, x: np.ndarray, blocks: np.ndarray | None = None) -> np.ndarray:
+    """Rotate each half of float32 (n, 256) by Q."""
+    return _matvec(qr_rotation(), x.reshape(-1, QR_SIZE)).reshape(x.shape)
+
+
+def unrotate_ref(fmt: Format, x: np.ndarray, blocks: np.ndarray | None = None) -> np.ndarray:
+    """Rotate each half of float32 (n, 256) by the transpose of Q."""
+    return _matvec(qr_rotation().T, x.reshape(-1, QR_SIZE)).reshape(x.shape)
 
 
 def codes(fmt: Format, blocks: np.ndarray) -> dict[str, tuple[np.ndarray, int]]:
@@ -124,6 +139,9 @@ def _format(name: str, bits: int, type_id: int, ftype: int) -> Format:
         kernels_module="tbq.kernels.pr21089",
         codes=codes,
         anomalies=no_anomalies,
+        levels_ref=levels_ref,
+        rotate_ref=rotate_ref,
+        unrotate_ref=unrotate_ref,
         ftype=ftype,
         notes="256 values of a row may span heads; a norm above 65504 decodes to infinity or NaN.",
     )

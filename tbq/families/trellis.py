@@ -49,7 +49,7 @@ from functools import cache
 import numpy as np
 
 from tbq.bitpack import pack, unpack
-from tbq.format import Format
+from tbq.format import Format, no_rotation
 from tbq.numerics import fp16_bits
 
 QK = 128
@@ -254,6 +254,9 @@ def _format(name: str, type_id: int, bits: int, count: int = 0, alias: str = "")
         dequantize_ref=dequantize_ref,
         kernels_module="tbq.kernels.trellis",
         codes=codes,
+        levels_ref=dequantize_ref,
+        rotate_ref=no_rotation,
+        unrotate_ref=no_rotation,
         anomalies=anomalies,
         aliases=(alias,) if alias else (),
         notes="The graph rotates 64 values at a time before and after; the block does not. "

@@ -37,7 +37,7 @@ import numpy as np
 from tbq.bitpack import pack, unpack
 from tbq.families import ktq
 from tbq.families.ktq import CUDA, QK, SCALE, TINY, code_bits, corrected_scale, nearest
-from tbq.format import Format, no_anomalies
+from tbq.format import Format, no_anomalies, no_rotation
 from tbq.numerics import fp16_bits, ordered_sum, symmetric
 
 # source: ggml-quants.c at 0f57a4ee6; only the 2-bit table differs from that of the keys
@@ -152,6 +152,9 @@ def _format(dialect: str, name: str, type_id: int, bits: int, **fields) -> Forma
         dequantize_ref=dequantize_ref,
         kernels_module="tbq.kernels.vtq",
         codes=codes,
+        levels_ref=dequantize_ref,
+        rotate_ref=no_rotation,
+        unrotate_ref=no_rotation,
         **(defaults | fields),
     )
 

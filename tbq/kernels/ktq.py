@@ -9,6 +9,7 @@ import numpy as np
 from tbq.bitpack import pack
 from tbq.families.ktq import CODEBOOKS, CUDA, QK, SCALE, TINY, code_bits, sign_bits
 from tbq.format import Format, RowKernels
+from tbq.kernels.bitpack import unpack
 from tbq.kernels.compile import jit
 from tbq.kernels.lanes import (
     LANES,
@@ -161,6 +162,17 @@ def _dequantize(packed, levels, flip, bits, y):
                     y[start + lane, j] = v[j, lane]
 
 
+@jit
+def _levels(packed, levels, bits, y):
+    """Set y (n, 32) to the scaled levels of packed (n, block_bytes), still rotated."""
+    codes = np.empty(QK, np.uint8)
+    for b in range(packed.shape[0]):
+        d = load_fp16(packed[b], 0)
+        unpack(packed[b, 2:], bits, codes)
+        for j in range(QK):
+            y[b, j] = ZERO if d < TINY else levels[codes[j]] * d
+
+
 def kernels(fmt: Format) -> RowKernels:
     """Return the kernels of a ktq format of either dialect."""
     bits = code_bits(fmt)
@@ -179,4 +191,7 @@ def kernels(fmt: Format) -> RowKernels:
         blocks = packed.reshape(-1, fmt.block_bytes)
         _dequantize(blocks, levels, flip, bits, y.reshape(-1, QK))
 
-    return RowKernels(quantize, dequantize)
+    def scaled_levels(packed, y):
+        _levels(packed.reshape(-1, fmt.block_bytes), levels, bits, y.reshape(-1, QK))
+
+    return RowKernels(quantize, dequantize, scaled_levels)

@@ -123,6 +123,17 @@ def _dequantize(packed, rows, levels, bits, y):
                     y[block, j] = u[start + j] * d
 
 
+@jit
+def _levels(packed, levels, bits, y):
+    """Set y float32 (n, 256) to the scaled levels of uint8 (n, block_bytes), still rotated."""
+    codes = np.empty(QK_K, np.uint8)
+    for b in range(packed.shape[0]):
+        unpack(packed[b], bits, codes)
+        d = load_fp16(packed[b], packed.shape[1] - 2)
+        for i in range(QK_K):
+            y[b, i] = levels[codes[i]] * d
+
+
 def kernels(fmt: Format) -> RowKernels:
     """Return the kernels of tbq3_0 or tbq4_0."""
     bits = code_bits(fmt)
@@ -138,4 +149,7 @@ def kernels(fmt: Format) -> RowKernels:
         blocks = packed.reshape(-1, fmt.block_bytes)
         _dequantize(blocks, qr_rotation(), levels, bits, y.reshape(-1, QK_K))
 
-    return RowKernels(quantize, dequantize)
+    def scaled_levels(packed, y):
+        _levels(packed.reshape(-1, fmt.block_bytes), levels, bits, y.reshape(-1, QK_K))
+
+    return RowKernels(quantize, dequantize, scaled_levels)

@@ -335,4 +335,4 @@ def kernels(fmt: Format) -> RowKernels:
         blocks = packed.reshape(-1, fmt.block_bytes)
         return _dequantize(blocks, code, bits, count, y.reshape(-1, QK))
 
-    return RowKernels(quantize, dequantize)
+    return RowKernels(quantize, dequantize, dequantize)

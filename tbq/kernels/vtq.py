@@ -142,7 +142,7 @@ def kernels(fmt: Format) -> RowKernels:
     def dequantize(packed, y):
         _dequantize(packed.reshape(-1, fmt.block_bytes), levels, bits, y.reshape(-1, QK))
 
-    return RowKernels(quantize, dequantize)
+    return RowKernels(quantize, dequantize, dequantize)
 
 
 def _mixed_kernels(fmt: Format) -> RowKernels:
@@ -156,4 +156,4 @@ def _mixed_kernels(fmt: Format) -> RowKernels:
         blocks = packed.reshape(-1, fmt.block_bytes)
         _dequantize_mixed(blocks, fine[0], coarse[0], y.reshape(-1, QK))
 
-    return RowKernels(quantize, dequantize)
+    return RowKernels(quantize, dequantize, dequantize)

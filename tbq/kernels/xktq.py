@@ -90,4 +90,4 @@ def kernels(fmt: Format) -> RowKernels:
     def dequantize(packed, y):
         y[:] = ZERO
 
-    return RowKernels(quantize, dequantize)
+    return RowKernels(quantize, dequantize, dequantize)
