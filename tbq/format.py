@@ -23,6 +23,18 @@ def no_rotation(fmt: Format, x: np.ndarray, blocks: np.ndarray) -> np.ndarray:
     return x
 
 
+class Stages(NamedTuple):
+    """What an encoder computes on its way from values to blocks.
+
+    norm: float32 (n,). coordinates: float32 (n, block_values), normalised and rotated, what the
+    choice of codes looks at. scale: float32 (n,), before it is rounded to float16.
+    """
+
+    norm: np.ndarray
+    coordinates: np.ndarray
+    scale: np.ndarray
+
+
 class RowKernels(NamedTuple):
     """The Numba kernels of one format. They check nothing, allocate nothing and release the GIL.
 
@@ -63,6 +75,10 @@ class Format:
             block's scale, before the format's own rotation is undone.
         rotate_ref, unrotate_ref: (fmt, float32 (n, block_values), `block` (n,)) to the same shape:
             the format's own rotation and its inverse; the blocks give the signs, where it has any.
+        stages_ref: (fmt, float32 (n, block_values), block indices (n,), their blocks (n,)) to the
+            Stages of encoding them.
+        boundaries: where the encoder's decision between two codes lies among the coordinates,
+            float64 (k,) ascending, or (block_values, k) padded with NaN; None if it has no such.
         kernels_module: module whose `kernels(fmt)` returns the RowKernels; imported on first use.
         scales: fields of `block` that hold non-negative float16 scales.
         sibling: key of the format whose blocks lend theirs the codes; None if they stand alone.
@@ -90,6 +106,8 @@ class Format:
     levels_ref: Callable[[Format, np.ndarray], np.ndarray]
     rotate_ref: Callable[[Format, np.ndarray, np.ndarray], np.ndarray]
     unrotate_ref: Callable[[Format, np.ndarray, np.ndarray], np.ndarray]
+    stages_ref: Callable[[Format, np.ndarray, np.ndarray, np.ndarray], Stages]
+    boundaries: np.ndarray | None = None
     scales: tuple[str, ...] = ("d",)
     sibling: str | None = None
     block_index: Literal["none", "row", "tensor"] = "none"

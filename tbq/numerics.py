@@ -57,7 +57,7 @@ def fwht(x: np.ndarray) -> np.ndarray:
     """
     shape, n, length = x.shape, x.shape[-1], 1
     while length < n:
-        pairs = x.reshape(*shape[:-1], -1, 2, length)
+        pairs = x.reshape(*shape[:-1], n // (2 * length), 2, length)
         u, v = pairs[..., 0, :], pairs[..., 1, :]
         x = np.stack([u + v, u - v], axis=-2).reshape(shape)
         length *= 2

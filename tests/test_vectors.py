@@ -8,7 +8,8 @@ import pytest
 from conftest import HERE, MANIFEST, VECTORS, vectors_path
 
 import tbq
-from tbq.families import ktq
+from tbq.families import ktq, vtq
+from tbq.numerics import fp16_bits
 
 
 def test_data_is_what_the_manifest_says():
@@ -136,3 +137,31 @@ def test_paired():
     assert blocks.tobytes() == v["packed"].tobytes()
     y_ref = ktq.dequantize_paired_ref(fmt, blocks, lent)
     assert np.array_equal(y_ref.reshape(y.shape), y, equal_nan=True)
+
+
+@pytest.mark.parametrize("fmt", [f for f in tbq.formats() if not f.sibling], ids=lambda f: f.key)
+def test_stages_lead_to_the_bytes(fmt):
+    """The scale rounds to the block's, and boundaries between coordinates give the codes."""
+    v = np.load(vectors_path(fmt))
+    x = v["x"].reshape(-1, fmt.block_values)
+    blocks = v["packed"].view(fmt.block).reshape(-1)
+    row_blocks = v["x"].shape[1] // fmt.block_values
+    index = fmt.block_indices(len(v["x"]), row_blocks)
+    stages = fmt.stages_ref(fmt, x, index, blocks)
+    assert np.array_equal(fp16_bits(stages.scale), blocks["d"].view(np.uint16))
+    if fmt.boundaries is None:
+        return
+    live = np.isfinite(stages.coordinates).all(axis=1) & (stages.norm > 1e-30)
+    r = stages.coordinates[live].astype(np.float64)
+    codes = np.zeros(r.shape, int)
+    edges = np.broadcast_to(fmt.boundaries, (fmt.block_values, np.shape(fmt.boundaries)[-1]))
+    near = np.zeros(r.shape, bool)
+    for edge in edges.T:
+        codes += r >= edge
+        near |= np.abs(r - edge) < 1e-6
+    if fmt.name == "vtq_mixed":
+        found = vtq.unpack_mixed(blocks["qs"][live])
+    else:
+        ((found, _),) = fmt.codes(fmt, blocks[live]).values()
+    assert ((found == codes) | near).all()
+    assert near.mean() < 0.3

@@ -43,7 +43,7 @@ from __future__ import annotations
 import numpy as np
 
 from tbq.bitpack import pack, unpack
-from tbq.format import Format, no_rotation
+from tbq.format import Format, Stages, no_rotation
 from tbq.numerics import fnv1a, fp16_bits, fwht, ordered_sum, philox6, symmetric
 
 QK = 32
@@ -88,10 +88,21 @@ def nearest(r: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     return codes
 
 
-def corrected_scale(norm: np.ndarray, reconstructed: np.ndarray) -> np.ndarray:
-    """Return the float16 bits of norm/rn, rn the norm of the reconstruction (n, values)."""
+def exact_scale(norm: np.ndarray, reconstructed: np.ndarray) -> np.ndarray:
+    """Return norm/rn, rn the norm of the reconstruction (n, values), or norm for a zero block."""
     rn = np.sqrt(ordered_sum(reconstructed * reconstructed))
-    return fp16_bits(np.where(rn > TINY, norm / rn, norm))
+    return np.where((rn > TINY) & ~(norm < TINY), norm / rn, norm)
+
+
+def corrected_scale(norm: np.ndarray, reconstructed: np.ndarray) -> np.ndarray:
+    """Return the float16 bits of `exact_scale`."""
+    return fp16_bits(exact_scale(norm, reconstructed))
+
+
+def midpoints(bits: int, centroids: np.ndarray) -> np.ndarray:
+    """Return where the choice between neighbouring centroids lies, float64."""
+    table = (centroids * SCALE).astype(np.float64)
+    return np.zeros(1) if bits == 1 else (table[1:] + table[:-1]) / 2
 
 
 def _choose(fmt: Format, r: np.ndarray, seed: np.ndarray) -> np.ndarray:
@@ -117,16 +128,31 @@ def _stochastic(r: np.ndarray, seed: np.ndarray, centroids: np.ndarray) -> np.nd
     return np.where((total > TINY) & (u >= b2 / total), second, first).astype(np.uint8)
 
 
+def coordinates(x: np.ndarray, sign: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the norms of float32 (n, 32) and its normalised, signed, transformed values."""
+    with np.errstate(all="ignore"):
+        norm = np.sqrt(ordered_sum(x * x))
+        h = x * (np.float32(1) / norm)[:, None]
+        return norm, fwht(h * sign) * SCALE
+
+
+def stages_ref(fmt: Format, x: np.ndarray, index: np.ndarray, blocks: np.ndarray) -> Stages:
+    """Return what encoding float32 (n, 32) at block indices (n,) to blocks (n,) computes."""
+    sign = np.where(sign_bits(block_seed(index)) == 1, np.float32(1), np.float32(-1))
+    norm, r = coordinates(x, sign)
+    with np.errstate(all="ignore"):
+        return Stages(norm, r, exact_scale(norm, unscaled(blocks, code_bits(fmt))))
+
+
 def quantize_ref(fmt: Format, x: np.ndarray, index: np.ndarray) -> np.ndarray:
     """Quantise float32 (n, 32) at block indices (n,) to blocks (n,)."""
     blocks = np.zeros(len(x), fmt.block)
+    seed = block_seed(index)
+    bits = sign_bits(seed)
+    sign = np.where(bits == 1, np.float32(1), np.float32(-1))
+    norm, r = coordinates(x, sign)
     with np.errstate(all="ignore"):
-        norm = np.sqrt(ordered_sum(x * x))
-        seed = block_seed(index)
-        bits = sign_bits(seed)
-        sign = np.where(bits == 1, np.float32(1), np.float32(-1))
-        h = x * (np.float32(1) / norm)[:, None]
-        codes = _choose(fmt, fwht(h * sign) * SCALE, seed)
+        codes = _choose(fmt, r, seed)
         g = fwht(CODEBOOKS[code_bits(fmt)][codes] * SCALE) * SCALE * sign
         live = ~(norm < TINY)
         blocks["qs"][live] = pack(codes, code_bits(fmt))[live]
@@ -228,6 +254,12 @@ def _quantize_alone(fmt: Format, x: np.ndarray, index: np.ndarray) -> np.ndarray
     return blocks
 
 
+def _stages_alone(fmt: Format, x: np.ndarray, index: np.ndarray, blocks: np.ndarray) -> Stages:
+    with np.errstate(all="ignore"):
+        norm = np.sqrt(ordered_sum(x * x))
+    return Stages(norm, np.zeros_like(x), norm)
+
+
 def _dequantize_alone(fmt: Format, blocks: np.ndarray) -> np.ndarray:
     return np.zeros((len(blocks), QK), np.float32)
 
@@ -258,6 +290,8 @@ def _format(dialect: str, bits: int, type_id: int) -> Format:
         levels_ref=levels_ref,
         rotate_ref=rotate_ref,
         unrotate_ref=unrotate_ref,
+        stages_ref=stages_ref,
+        boundaries=None if cuda else midpoints(bits, CODEBOOKS[bits]),
         block_index="tensor" if cuda else "row",
         aliases=() if cuda else (f"ktq{bits}",),
         notes=notes,
@@ -282,6 +316,7 @@ XKTQ2_1 = Format(
     levels_ref=_dequantize_alone,
     rotate_ref=no_rotation,
     unrotate_ref=no_rotation,
+    stages_ref=_stages_alone,
     sibling="llama-tq:ktq2_1",
     notes="Holds scales only; without a sibling ktq2_1 row it decodes to zeros, by design.",
 )

@@ -36,7 +36,7 @@ from __future__ import annotations
 import numpy as np
 
 from tbq.bitpack import pack, unpack
-from tbq.format import Format, no_anomalies
+from tbq.format import Format, Stages, no_anomalies
 from tbq.numerics import fp16_bits, ordered_sum, symmetric
 from tbq.rotations import QR_SIZE, qr_rotation
 
@@ -77,14 +77,19 @@ def code_bits(fmt: Format) -> int:
     return fmt.block["qs"].itemsize * 8 // QK_K
 
 
-def quantize_ref(fmt: Format, x: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Quantise float32 (n, 256) to blocks (n,); the block index does not matter."""
-    bits = code_bits(fmt)
+def stages_ref(fmt: Format, x: np.ndarray, index: np.ndarray, blocks=None) -> Stages:
+    """Return what encoding float32 (n, 256) computes; neither index nor blocks matter."""
     with np.errstate(all="ignore"):
         norm = np.sqrt(ordered_sum(x * x))
         norm = np.where(norm < MIN_NORM, MIN_NORM, norm)
-        v = rotate_ref(fmt, x / norm[:, None]) * SCALE_UP
-        codes = (~(v[..., None] < BOUNDARIES[bits])).sum(axis=-1)
+        return Stages(norm, rotate_ref(fmt, x / norm[:, None]) * SCALE_UP, norm)
+
+
+def quantize_ref(fmt: Format, x: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Quantise float32 (n, 256) to blocks (n,); the block index does not matter."""
+    bits = code_bits(fmt)
+    norm, v, _ = stages_ref(fmt, x, index)
+    codes = (~(v[..., None] < BOUNDARIES[bits])).sum(axis=-1)
     blocks = np.zeros(len(x), fmt.block)
     blocks["qs"] = pack(codes, bits)
     blocks["d"] = fp16_bits(norm).view(np.float16)
@@ -142,6 +147,8 @@ def _format(name: str, bits: int, type_id: int, ftype: int) -> Format:
         levels_ref=levels_ref,
         rotate_ref=rotate_ref,
         unrotate_ref=unrotate_ref,
+        stages_ref=stages_ref,
+        boundaries=BOUNDARIES[bits].astype(np.float64),
         ftype=ftype,
         notes="256 values of a row may span heads; a norm above 65504 decodes to infinity or NaN.",
     )

@@ -49,7 +49,7 @@ from functools import cache
 import numpy as np
 
 from tbq.bitpack import pack, unpack
-from tbq.format import Format, no_rotation
+from tbq.format import Format, Stages, no_rotation
 from tbq.numerics import fp16_bits
 
 QK = 128
@@ -208,6 +208,20 @@ def walk(fmt: Format, blocks: np.ndarray) -> np.ndarray:
     return (window >> (first_bit % 8).astype(np.uint32)) & 0xFFFF
 
 
+def stages_ref(fmt: Format, x: np.ndarray, index: np.ndarray, blocks: np.ndarray) -> Stages:
+    """Return what encoding float32 (n, 128) to blocks (n,) computes; the index does not matter."""
+    rest = x.copy()
+    for row in rest if outliers(fmt) else ():
+        row[pick_outliers(row, outliers(fmt))] = 0
+    with np.errstate(all="ignore"):
+        norm = np.sqrt((rest.astype(np.float64) ** 2).cumsum(axis=-1)[:, -1]).astype(np.float32)
+        levels = code_table()[walk(fmt, blocks)].astype(np.float64)
+        rn = np.sqrt((levels**2).cumsum(axis=-1)[:, -1]).astype(np.float32)
+        scale = np.where(rn > TINY, norm / rn, norm)
+        u = rest * (np.float32(1) / norm)[:, None]
+    return Stages(norm, u, np.where(norm < TINY, np.float32(0), scale))
+
+
 def dequantize_ref(fmt: Format, blocks: np.ndarray) -> np.ndarray:
     """Dequantise blocks (n,) to float32 (n, 128)."""
     with np.errstate(all="ignore"):
@@ -257,6 +271,7 @@ def _format(name: str, type_id: int, bits: int, count: int = 0, alias: str = "")
         levels_ref=dequantize_ref,
         rotate_ref=no_rotation,
         unrotate_ref=no_rotation,
+        stages_ref=stages_ref,
         anomalies=anomalies,
         aliases=(alias,) if alias else (),
         notes="The graph rotates 64 values at a time before and after; the block does not. "

@@ -37,7 +37,7 @@ import numpy as np
 from tbq.bitpack import pack, unpack
 from tbq.families import ktq
 from tbq.families.ktq import CUDA, QK, SCALE, TINY, code_bits, corrected_scale, nearest
-from tbq.format import Format, no_anomalies, no_rotation
+from tbq.format import Format, Stages, no_anomalies, no_rotation
 from tbq.numerics import fp16_bits, ordered_sum, symmetric
 
 # source: ggml-quants.c at 0f57a4ee6; only the 2-bit table differs from that of the keys
@@ -85,12 +85,36 @@ def _levels(fmt: Format, codes: np.ndarray) -> np.ndarray:
     return levels
 
 
+def _coordinates(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the norms of float32 (n, 32) and its normalised values."""
+    with np.errstate(all="ignore"):
+        norm = np.sqrt(ordered_sum(x * x))
+        return norm, x * (np.float32(1) / norm)[:, None]
+
+
+def stages_ref(fmt: Format, x: np.ndarray, index: np.ndarray, blocks: np.ndarray) -> Stages:
+    """Return what encoding float32 (n, 32) to blocks (n,) computes; the index does not matter."""
+    norm, h = _coordinates(x)
+    qs = blocks["qs"]
+    codes = unpack_mixed(qs) if is_mixed(fmt) else unpack(qs, code_bits(fmt))
+    with np.errstate(all="ignore"):
+        return Stages(norm, h, ktq.exact_scale(norm, _levels(fmt, codes)))
+
+
+def _boundaries(name: str, bits: int) -> np.ndarray:
+    if name != "vtq_mixed":
+        return ktq.midpoints(bits, CODEBOOKS[bits])
+    table = np.full((QK, 7), np.nan)
+    table[FINE] = ktq.midpoints(3, CODEBOOKS[3])
+    table[COARSE, :3] = ktq.midpoints(2, CODEBOOKS[2])
+    return table
+
+
 def quantize_ref(fmt: Format, x: np.ndarray, index: np.ndarray) -> np.ndarray:
     """Quantise float32 (n, 32) to blocks (n,); the block index does not matter."""
     blocks = np.zeros(len(x), fmt.block)
+    norm, h = _coordinates(x)
     with np.errstate(all="ignore"):
-        norm = np.sqrt(ordered_sum(x * x))
-        h = x * (np.float32(1) / norm)[:, None]
         if is_mixed(fmt):
             codes = np.empty(x.shape, np.uint8)
             codes[:, FINE] = _choose(fmt, h[:, FINE], 3)
@@ -155,6 +179,8 @@ def _format(dialect: str, name: str, type_id: int, bits: int, **fields) -> Forma
         levels_ref=dequantize_ref,
         rotate_ref=no_rotation,
         unrotate_ref=no_rotation,
+        stages_ref=stages_ref,
+        boundaries=_boundaries(name, bits),
         **(defaults | fields),
     )
 
