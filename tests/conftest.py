@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import tbq
-from tools import tbq_inspect, tbq_quantize
+from tools import tbq_inspect, tbq_quantize, tbq_vectors
 
 HERE = Path(__file__).parent
 SAMPLES = HERE / "samples"
@@ -71,3 +71,4 @@ def program(main):
 
 quantize = program(tbq_quantize.main)
 inspect = program(tbq_inspect.main)
+vectors = program(tbq_vectors.main)

@@ -27,12 +27,14 @@ def run(
     parser: argparse.ArgumentParser,
     command: Callable[[argparse.Namespace], int],
     argv: list[str] | None,
+    *,
+    has_subcommands: bool = False,
 ) -> int:
     """Parse the arguments, run the command, and turn every expected failure into one line.
 
-    Positional arguments may stand anywhere between options.
+    Positional arguments may stand anywhere between options, unless there are subcommands.
     """
-    args = parser.parse_intermixed_args(argv)
+    args = parser.parse_args(argv) if has_subcommands else parser.parse_intermixed_args(argv)
     try:
         with _terminate_as_exception():
             code = command(args)

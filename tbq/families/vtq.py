@@ -140,11 +140,8 @@ def dequantize_ref(fmt: Format, blocks: np.ndarray) -> np.ndarray:
 
 
 def codes(fmt: Format, blocks: np.ndarray) -> dict[str, tuple[np.ndarray, int]]:
-    """Return the codes of blocks (n,); those of vtq_mixed by width."""
-    if not is_mixed(fmt):
-        return ktq.codes(fmt, blocks)
-    found = unpack_mixed(blocks["qs"])
-    return {"3-bit codes": (found[:, FINE], 8), "2-bit codes": (found[:, COARSE], 4)}
+    """Return the codes of blocks (n,); in vtq_mixed those with j%4 != 0 stay below 4."""
+    return {"codes": (unpack_mixed(blocks["qs"]), 8)} if is_mixed(fmt) else ktq.codes(fmt, blocks)
 
 
 def _unused_slots(fmt: Format, blocks: np.ndarray, index: np.ndarray) -> dict[str, np.ndarray]:

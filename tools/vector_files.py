@@ -1,0 +1,270 @@
+"""A set of golden vectors on disk: `manifest.json`, `cases.tsv` for C, and raw little-endian files.
+
+`manifest.json` is the truth; `data/tbq-vectors.schema.json` is its schema. `cases.tsv` repeats what
+a C program needs, one file per line: case, operation, format, kind:role, path, dtype, count, values
+that are compared together, match rule, limit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+
+import tbq
+from tbq import FileFormatError, Format, InputError, UnknownFormatError
+
+from .vector_notes import NOTES
+from .vector_set import OPERATIONS, Case
+
+SCHEMA = "tbq-vectors/1"
+MANIFEST, TABLE, HEADER = "manifest.json", "cases.tsv", "tbq_vectors.h"
+LICENSE = "CC0-1.0"
+DTYPES = {"f32": np.dtype("<f4"), "u8": np.dtype("u1")}
+HEADER_SOURCE = Path(__file__).parent / "data" / HEADER
+MAX_MANIFEST = 1 << 28
+
+
+def write_set(folder: Path, cases: Iterable[Case], seed: int, size: str) -> dict:
+    """Write a set to a new folder, which appears when it is complete; returns the manifest.
+
+    Raises:
+        InputError: the folder exists and is not empty.
+        OSError: it cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError("--out", str(folder), "a new or an empty folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        manifest = _write(scratch, cases, seed, size)
+        if folder.exists():
+            folder.rmdir()
+        scratch.chmod(0o755)
+        scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return manifest
+
+
+def _write(folder: Path, cases: Iterable[Case], seed: int, size: str) -> dict:
+    files: dict[str, dict] = {}
+    entries, lines, formats, flags = [], [], {}, set()
+
+    def put(path: str, data: bytes) -> None:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(data)
+        files[path] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+    for case in cases:
+        roles = {}
+        for role, array in case.arrays.items():
+            kind = "u8" if array.dtype == np.uint8 else "f32"
+            path = f"{case.id}.{role}.{kind}"
+            put(path, np.ascontiguousarray(array, DTYPES[kind]).tobytes())
+            roles[role] = {"path": path, "dtype": kind, "shape": list(array.shape)}
+        entries.append(_entry(case, roles))
+        lines += _lines(case, roles)
+        flags.update(case.flags)
+        if case.format is not None:
+            formats[case.format.key] = _format(case.format)
+    put(TABLE, "".join(lines).encode())
+    put(HEADER, HEADER_SOURCE.read_bytes())
+    manifest = {
+        "schema": SCHEMA,
+        "generator": {"name": "tbq-vectors", "version": package_version()},
+        "license": LICENSE,
+        "endianness": "little",
+        "seed": seed,
+        "size": size,
+        "notes": {flag: note for flag, note in NOTES.items() if flag in flags},
+        "formats": formats,
+        "cases": entries,
+        "files": files,
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", newline="\n")
+    return manifest
+
+
+def package_version() -> str:
+    """Return the version of the installed package."""
+    try:
+        return version("tbq-reference")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _entry(case: Case, roles: dict) -> dict:
+    return {
+        "id": case.id,
+        "op": case.op,
+        "format": case.format.key if case.format else None,
+        "rotation": case.rotation,
+        "flags": list(case.flags),
+        "comment": case.comment,
+        "inputs": {role: roles[role] for role in case.inputs},
+        "output": {"role": case.output} | roles[case.output],
+        "taps": {role: roles[role] for role in case.taps},
+        "mask": roles.get("mask"),
+        "match": case.match,
+    }
+
+
+def _lines(case: Case, roles: dict) -> list[str]:
+    key = case.format.key if case.format else case.rotation
+    limit = case.match.get("max", 0)
+    lines = []
+    for role, entry in roles.items():
+        kind = "out" if role == case.output else "in" if role in case.inputs else "tap"
+        kind = "mask" if role == "mask" else kind
+        count = int(np.prod(entry["shape"]))
+        row = case.match.get("group", entry["shape"][-1])
+        fields = [case.id, case.op, key, f"{kind}:{role}", entry["path"], entry["dtype"]]
+        fields += [str(count), str(row), case.match["mode"], f"{limit:g}"]
+        lines.append("\t".join(fields) + "\n")
+    return lines
+
+
+def _format(fmt: Format) -> dict:
+    return {
+        "dialect": fmt.dialect,
+        "name": fmt.name,
+        "type_id": fmt.type_id,
+        "block_values": fmt.block_values,
+        "block_bytes": fmt.block_bytes,
+        "block_index": fmt.block_index,
+        "fields": [
+            {"name": name, "offset": int(offset), "type": kind.base.str, "count": _count(kind)}
+            for name, (kind, offset, *_) in fmt.block.fields.items()
+        ],
+        "source": fmt.source,
+        "notes": fmt.notes,
+    }
+
+
+def _count(kind: np.dtype) -> int:
+    return int(np.prod(kind.shape)) if kind.shape else 1
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+@dataclass
+class VectorSet:
+    """A set that was opened: its manifest, checked, and the folder with the files."""
+
+    folder: Path
+    manifest: dict
+
+    def entries(self, formats: list[Format] | None, operations: list[str] | None) -> list[dict]:
+        """Return the manifest's cases, of some formats and operations or of all."""
+        keys = None if formats is None else {fmt.key for fmt in formats}
+        return [
+            entry
+            for entry in self.manifest["cases"]
+            if (keys is None or entry["format"] in keys)
+            and (operations is None or entry["op"] in operations)
+        ]
+
+    def load(self, entry: dict) -> Case:
+        """Read a case and check its files against the manifest.
+
+        Raises:
+            FileFormatError: a file is missing or has other bytes; a format is not registered.
+        """
+        try:
+            fmt = tbq.get_format(entry["format"]) if entry["format"] else None
+        except UnknownFormatError as error:
+            raise FileFormatError(self.folder / MANIFEST, None, f"{entry['id']}: {error}") from None
+        output = entry["output"]
+        return Case(
+            id=entry["id"],
+            op=entry["op"],
+            format=fmt,
+            flags=tuple(entry["flags"]),
+            comment=entry["comment"],
+            inputs={role: self.read(file) for role, file in entry["inputs"].items()},
+            output=output["role"],
+            expected=self.read(output),
+            taps={role: self.read(file) for role, file in entry["taps"].items()},
+            match=entry["match"],
+            mask=self.read(entry["mask"]) if entry["mask"] else None,
+            rotation=entry["rotation"],
+        )
+
+    def read(self, file: dict) -> np.ndarray:
+        """Read one file of the set."""
+        path = self.folder / file["path"]
+        record = self.manifest["files"][file["path"]]
+        data = read_exactly(path, record["bytes"])
+        if hashlib.sha256(data).hexdigest() != record["sha256"]:
+            raise FileFormatError(path, None, "its SHA-256 is not the one in the manifest")
+        return np.frombuffer(data, DTYPES[file["dtype"]]).reshape(file["shape"])
+
+
+def read_exactly(path: Path, n: int) -> bytes:
+    """Read a file that must have n bytes; FileFormatError if it is missing or has not."""
+    if not path.is_file():
+        raise FileFormatError(path, None, "the file is missing")
+    size = path.stat().st_size
+    if size != n:
+        raise FileFormatError(path, None, f"has {size} bytes, {n} are expected")
+    return path.read_bytes()
+
+
+def open_set(folder: Path) -> VectorSet:
+    """Open a set and check its manifest, the files not yet.
+
+    Raises:
+        FileFormatError: there is no manifest, or it is damaged or of another schema.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileFormatError(path, None, "there is no manifest; is this a set of vectors?")
+    if path.stat().st_size > MAX_MANIFEST:
+        raise FileFormatError(path, None, "the manifest is larger than any this program writes")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(path, None, f"the manifest is not JSON: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        found = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
+        raise FileFormatError(path, None, f"schema is {found!r}, {SCHEMA!r} is supported")
+    try:
+        _check_manifest(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FileFormatError(path, None, f"the manifest is damaged: {error!r}") from None
+    return VectorSet(folder, manifest)
+
+
+def _check_manifest(manifest: dict) -> None:
+    """Raise KeyError, TypeError or ValueError where a manifest is not what this program writes."""
+    for path, record in manifest["files"].items():
+        if Path(path).is_absolute() or ".." in Path(path).parts:
+            raise ValueError(f"{path!r} leaves the folder")
+        int(record["bytes"]), str(record["sha256"])
+    seen = set()
+    for entry in manifest["cases"]:
+        if entry["op"] not in OPERATIONS or entry["id"] in seen:
+            raise ValueError(f"case {entry['id']!r}: unknown operation, or there twice")
+        seen.add(entry["id"])
+        entry["flags"], entry["comment"], entry["rotation"], entry["format"]
+        if entry["match"]["mode"] not in ("exact", "boundary", "cost", "nmse"):
+            raise ValueError(f"case {entry['id']!r}: unknown match rule")
+        if entry["match"]["mode"] in ("cost", "nmse"):
+            float(entry["match"]["max"])
+        if entry["match"]["mode"] == "nmse" and int(entry["match"]["group"]) < 1:
+            raise ValueError(f"case {entry['id']!r}: group is not positive")
+        files = [entry["output"], *entry["inputs"].values(), *entry["taps"].values()]
+        entry["output"]["role"]
+        for file in files + ([entry["mask"]] if entry["mask"] else []):
+            size = DTYPES[file["dtype"]].itemsize * int(np.prod(file["shape"], dtype=np.int64))
+            if manifest["files"][file["path"]]["bytes"] != size:
+                raise ValueError(f"{file['path']!r}: size and shape differ")
