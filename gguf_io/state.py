@@ -394,6 +394,9 @@ def _model_misfit(reading: Reading, shape: ModelShape) -> str | None:
                 return f"its recurrent memory counts {found.n_layer} layers, not {shape.n_layer}"
             continue
         layers = shape.cache_layers(memory, part)
+        if any(bool(stream.values) == shape.mla for stream in found.streams if stream.keys):
+            have, need = ("V", "none") if shape.mla else ("no V", "some")
+            return f"{name} has {have} rows, {shape.architecture} needs {need}"
         for stream in found.streams:
             if layers is not None and len(stream.cells) and len(stream.keys) != len(layers):
                 have = f"{name} holds {len(stream.keys)} layers"

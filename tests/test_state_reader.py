@@ -8,7 +8,7 @@ import state_bytes as sb
 from conftest import MODELS, STATES, VECTORS
 
 import tbq
-from gguf_io import open_state
+from gguf_io import open_state, write_gguf
 from tbq import AmbiguousTypeError, FileFormatError, InputError, TbqError, UnknownFormatError
 
 PR = "pr21089"
@@ -133,6 +133,27 @@ def test_models_give_layer_numbers_and_heads():
     assert names["lfm2"] == ["cache_k_l1", "cache_k_l3", *(f"cache_r_l{i}" for i in (0, 2, 4))]
     assert names["llama"] == names["qwen2vl"] == [f"cache_k_l{i}" for i in range(3)]
     assert names["mamba"] == [f"cache_r_l{i}" for i in range(3)]
+
+
+def test_a_latent_attention_model_has_no_values(tmp_path, state_file):
+    write_gguf(
+        tmp_path / "mla.gguf",
+        {
+            "general.architecture": "deepseek2",
+            "deepseek2.block_count": 2,
+            "deepseek2.attention.head_count": 16,
+            "deepseek2.attention.head_count_kv": 1,
+            "deepseek2.attention.key_length": 576,
+            "deepseek2.attention.key_length_mla": 192,
+        },
+        [],
+    )
+    path = state_file(sb.sequence(sb.kv(5, ((1, 1152),) * 2, ())))
+    with open_state(path, model=tmp_path / "mla.gguf") as s:
+        assert s.tensors["cache_k_l1"].head_dim == 576
+    path = state_file(sb.sequence(sb.kv(5, ((1, 1152),) * 2)))
+    with pytest.raises(FileFormatError, match="kv has V rows, deepseek2 needs none"):
+        open_state(path, model=tmp_path / "mla.gguf")
 
 
 @pytest.mark.parametrize(

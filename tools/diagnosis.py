@@ -163,12 +163,6 @@ def _from_rows(case: Case, y: np.ndarray) -> np.ndarray:
     return y.reshape(case.expected.shape)
 
 
-def _rows(case: Case) -> np.ndarray:
-    """Return the case's packed rows, rightly decoded, (rows, n)."""
-    y = decode(case, case.inputs["packed"])
-    return y.reshape(-1, y.shape[-1])
-
-
 def _levels(case: Case) -> np.ndarray:
     """Return the scaled levels of the case's packed rows, blocks (n, values)."""
     return case.format.levels_ref(case.format, _blocks(case, case.inputs["packed"]))
