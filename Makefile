@@ -1,6 +1,8 @@
 # Needs Python 3.10 or newer (with the venv module) and make; everything else goes into .venv.
 PYTHON ?= python3
 VENV := .venv
+# What to install beside the package: `make test EXTRAS=test,cuda12` compiles the GPU kernels too.
+EXTRAS ?= test
 BIN := $(VENV)/bin
 
 .PHONY: demo test lint bench clean
@@ -27,7 +29,7 @@ $(VENV)/installed: pyproject.toml
 	  echo "try: make PYTHON=python3.12 demo"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[test]'
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[$(EXTRAS)]'
 	@touch $@
 
 clean:

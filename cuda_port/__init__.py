@@ -1,1 +1,51 @@
-"""Home of the numba.cuda port of `tbq`'s kernels. It holds no kernels yet."""
+"""The numba.cuda port: `quantize`, `dequantize`, `scores` and `weighted_sum` on a GPU.
+
+Importing this package touches neither Numba nor CUDA; the first call does. Results are those of
+`tbq` to the bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tbq.errors import BackendError
+from tbq.format import Format
+
+__all__ = ["dequantize", "is_available", "quantize", "scores", "weighted_sum"]
+
+
+def _api():
+    try:
+        from cuda_port import api
+    except ImportError as error:
+        need = f"numba.cuda cannot be imported ({error}); pip install 'tbq-reference[cuda12]'"
+        raise BackendError("numba.cuda", need) from None
+    return api
+
+
+def is_available() -> bool:
+    """Tell whether there is a device to run on."""
+    try:
+        return _api().has_device()
+    except BackendError:
+        return False
+
+
+def quantize(x: Any, fmt: str | Format, *, stream: Any = 0) -> Any:
+    """Quantise rows; see `cuda_port.api.quantize`."""
+    return _api().quantize(x, fmt, stream=stream)
+
+
+def dequantize(packed: Any, fmt: str | Format, *, stream: Any = 0) -> Any:
+    """Dequantise rows; see `cuda_port.api.dequantize`."""
+    return _api().dequantize(packed, fmt, stream=stream)
+
+
+def scores(q: Any, packed_k: Any, fmt: str | Format, *, stream: Any = 0) -> Any:
+    """Return q . K for packed keys; see `cuda_port.api.scores`."""
+    return _api().scores(q, packed_k, fmt, stream=stream)
+
+
+def weighted_sum(p: Any, packed_v: Any, fmt: str | Format, *, stream: Any = 0) -> Any:
+    """Return sums of packed values; see `cuda_port.api.weighted_sum`."""
+    return _api().weighted_sum(p, packed_v, fmt, stream=stream)

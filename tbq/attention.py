@@ -62,7 +62,7 @@ def scores(
 
     for start, stop, levels in _levels(packed_k, fmt, n * max(1, len(queries))):
         blocks = packed_k[start:stop].view(fmt.block)
-        rotated, which = _rotated_queries(queries, blocks, fmt)
+        rotated, which = rotated_queries(queries, blocks, fmt)
         by_block = levels.reshape(stop - start, -1, fmt.block_values)
         part = np.empty((len(queries), stop - start), np.float32)
         dot_blocks(by_block, rotated, which, part)
@@ -175,7 +175,7 @@ def _levels(packed: np.ndarray, fmt: Format, values_per_row: int):
         yield start, stop, levels
 
 
-def _rotated_queries(
+def rotated_queries(
     queries: np.ndarray, blocks: np.ndarray, fmt: Format
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the queries rotated for each sign pattern, and which pattern each block has."""

@@ -1,0 +1,212 @@
+"""The GPU port against the CPU oracle, to the bit.
+
+Runs on a device. Without one it is skipped here, and test_cuda_port.py runs it in Numba's
+simulator, in a process of its own: `NUMBA_ENABLE_CUDASIM=1 pytest tests/test_cuda_kernels.py`.
+"""
+
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cuda_port
+import tbq
+from tbq.families import trellis
+from tbq.numerics import fp16_bits
+
+SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+pytestmark = [
+    pytest.mark.skipif(
+        not cuda_port.is_available(), reason="no CUDA device; test_cuda_port.py simulates one"
+    ),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy scalars overflow as floats do
+]
+PORTED = [f for f in tbq.formats() if f.dialect in ("pr21089", "llama-tq") and not f.sibling]
+SEARCHED = [f for f in PORTED if "start" in f.block.names]
+EXAMPLES = settings(max_examples=2 if SIMULATED else 100, deadline=None, derandomize=True)
+each = pytest.mark.parametrize("fmt", PORTED, ids=lambda fmt: fmt.key)
+
+SPECIALS = [0.0, -0.0, np.nan, np.inf, -np.inf, 1e-42, -1e-20, 65504.0, 1e30, 3e38]
+
+
+@st.composite
+def rows(draw, fmt, most=2):
+    """Float32 rows, normal or with specials, on a few scales."""
+    shape = draw(st.integers(1, most)), draw(st.integers(1, most)) * fmt.block_values
+    rng = np.random.default_rng(draw(st.integers(0, 1 << 30)))
+    x = rng.standard_normal(shape).astype(np.float32)
+    x *= np.float32(draw(st.sampled_from([1.0, 1e-8, 1e4, 1e-22])))
+    for value in draw(st.lists(st.sampled_from(SPECIALS), max_size=2)):
+        x[rng.integers(shape[0]), rng.integers(shape[1])] = value
+    if draw(st.booleans()):
+        x[0, : fmt.block_values] = 0
+    return x
+
+
+def equal(a, b):
+    return a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+
+
+@each
+@EXAMPLES
+@given(st.data())
+def test_quantize_is_the_oracles(fmt, data):
+    if fmt in SEARCHED and SIMULATED:
+        return  # 65536 states are too many for the simulator: see the small trellis below
+    x = data.draw(rows(fmt))
+    assert equal(cuda_port.quantize(x, fmt), tbq.quantize(x, fmt))
+
+
+@each
+@EXAMPLES
+@given(st.data())
+def test_dequantize_is_the_oracles(fmt, data):
+    shape = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2)) * fmt.block_bytes
+    rng = np.random.default_rng(data.draw(st.integers(0, 1 << 30)))
+    packed = rng.integers(0, 256, shape, dtype=np.uint8)  # every field at random
+    blocks = packed.view(fmt.block)
+    if "pos" in fmt.block.names:
+        blocks["pos"] %= fmt.block_values
+    if data.draw(st.booleans()):
+        blocks["d"] = np.float16(0.37)
+    assert equal(cuda_port.dequantize(packed, fmt), tbq.dequantize(packed, fmt))
+
+
+@each
+@EXAMPLES
+@given(st.data())
+def test_attention_is_the_oracles(fmt, data):
+    rng = np.random.default_rng(data.draw(st.integers(0, 1 << 30)))
+    blocks = data.draw(st.integers(1, 2))
+    packed = tbq.quantize(rng.standard_normal((3, blocks * fmt.block_values)).astype("f4"), fmt)
+    if "sb" in fmt.block.names and data.draw(st.booleans()):
+        packed.view(fmt.block)["sb"][1] ^= 0x5A  # rows that differ in their signs
+    if "K" in fmt.side:
+        q = rng.standard_normal((2, blocks * fmt.block_values)).astype(np.float32)
+        assert equal(cuda_port.scores(q, packed, fmt), tbq.scores(q, packed, fmt))
+    if "V" in fmt.side:
+        p = rng.random((2, 3), dtype=np.float32)
+        assert equal(cuda_port.weighted_sum(p, packed, fmt), tbq.weighted_sum(p, packed, fmt))
+
+
+def walked(fmt, x, table, state_bits):
+    """Encode blocks (n, 128) with a trellis of 2^state_bits states, as the specification does."""
+    bits, count = trellis.emission_bits(fmt), trellis.outliers(fmt)
+    blocks = np.zeros(len(x), fmt.block)
+    for block, row in zip(blocks, x.copy(), strict=True):
+        picked = trellis.pick_outliers(row, count) if count else []
+        if count:
+            block["pos"][: len(picked)] = picked
+            block["val"][: len(picked)] = fp16_bits(row[picked]).view(np.float16)
+            row[picked] = 0
+        norm = np.sqrt((row.astype(np.float64) ** 2).cumsum()[-1]).astype(np.float32)
+        if norm < trellis.TINY:
+            continue
+        states = trellis.viterbi_ref(row * (np.float32(1) / norm), bits)
+        rn = np.sqrt((table[states[1:]].astype(np.float64) ** 2).cumsum()[-1]).astype(np.float32)
+        block["start"] = states[0]
+        block["qs"] = trellis.pack(states[1:] >> (state_bits - bits), bits)
+        block["d"] = fp16_bits(norm / rn).view(np.float16)
+    return blocks.view(np.uint8).reshape(len(x), -1)
+
+
+@pytest.mark.parametrize("fmt", SEARCHED, ids=lambda fmt: fmt.key)
+def test_the_search_is_the_specifications_on_a_small_trellis(fmt, monkeypatch, rng):
+    from numba import cuda
+
+    from cuda_port import trellis as port
+
+    state_bits = 8
+    table = np.sort(rng.standard_normal(1 << state_bits)).astype(np.float32)[
+        rng.permutation(1 << state_bits)
+    ] * np.float32(0.09)
+    table[5::7] = table[4::7][: len(table[5::7])]  # equal levels: ties that order decides
+    monkeypatch.setattr(trellis, "STATES", 1 << state_bits)
+    monkeypatch.setattr(trellis, "code_table", lambda: table)
+    x = rng.standard_normal((1 if trellis.outliers(fmt) else 2, 128)).astype(np.float32)
+    x[-1] = np.round(4 * x[-1])  # equal values: equal costs, equal outliers
+    expected = walked(fmt, x, table, state_bits)
+    packed = cuda.to_device(np.zeros(expected.size, np.uint8))
+    scratch = cuda.to_device(np.zeros((1, port.scratch_values(fmt, state_bits)), np.float32))
+    kernel = port.encoder(fmt, state_bits, 8)
+    kernel[1, 8](cuda.to_device(x.reshape(-1)), cuda.to_device(table), scratch, packed)
+    assert np.array_equal(packed.copy_to_host().reshape(expected.shape), expected)
+
+
+def test_device_arrays_stay_on_the_device():
+    from numba import cuda
+
+    fmt = tbq.get_format("vtq2_1")
+    x = np.random.default_rng(0).standard_normal((2, 2, 64)).astype(np.float32)
+    stream = cuda.stream()
+    packed = cuda_port.quantize(cuda.to_device(x), fmt, stream=stream)
+    assert packed.shape == (2, 2, 20)
+    y = cuda_port.dequantize(packed, fmt, stream=stream)
+    stream.synchronize()
+    assert equal(packed.copy_to_host(), tbq.quantize(x, fmt))
+    assert equal(y.copy_to_host(), tbq.dequantize(tbq.quantize(x, fmt), fmt))
+    keys = cuda_port.quantize(cuda.to_device(x[0]), "ktq1_1")
+    q = x[1, 0]
+    assert equal(
+        cuda_port.scores(q, keys, "ktq1_1"), tbq.scores(q, tbq.quantize(x[0], "ktq1_1"), "ktq1_1")
+    )
+
+
+def test_host_arrays_go_through_in_chunks(monkeypatch, rng):
+    from cuda_port import api
+
+    fmt = tbq.get_format("vtq1_1")
+    x = rng.standard_normal((5, 32)).astype(np.float32)
+    monkeypatch.setattr(api, "CHUNK_VALUES", 64)
+    packed = cuda_port.quantize(x, fmt)
+    assert equal(packed, tbq.quantize(x, fmt))
+    assert equal(cuda_port.dequantize(packed, fmt), tbq.dequantize(packed, fmt))
+    keys = tbq.quantize(x, "ktq1_1")
+    assert equal(cuda_port.scores(x[:1], keys, "ktq1_1"), tbq.scores(x[:1], keys, "ktq1_1"))
+    with pytest.raises(tbq.InputError, match="at most 256: one sum runs over all rows"):
+        cuda_port.weighted_sum(np.ones(50, np.float32), np.zeros((50, 6), np.uint8), fmt)
+
+
+def test_empty_arrays():
+    x = np.empty((0, 64), np.float32)
+    packed = cuda_port.quantize(x, "vtq2_1")
+    assert packed.shape == (0, 20)
+    assert cuda_port.dequantize(packed, "vtq2_1").shape == (0, 64)
+    q = np.ones((2, 64), np.float32)
+    assert cuda_port.scores(q, np.empty((0, 28), np.uint8), "ktq2_1").shape == (2, 0)
+
+
+def test_wrong_calls():
+    for call, error, words in (
+        (lambda: cuda_port.quantize(np.ones(64), "vtq2_1"), tbq.InputError, "float32 array"),
+        (lambda: cuda_port.quantize(np.ones(60, "f4"), "vtq2_1"), tbq.InputError, "multiple of 32"),
+        (lambda: cuda_port.quantize(np.ones(64, "f4"), "nope"), tbq.UnknownFormatError, "nope"),
+        (
+            lambda: cuda_port.quantize(np.ones(64, "f4"), "llama-tq-cuda:ktq2_1"),
+            tbq.BackendError,
+            "not ported",
+        ),
+        (
+            lambda: cuda_port.scores(np.ones(64, "f4"), np.ones((1, 20), "u1"), "vtq2_1"),
+            tbq.InputError,
+            "for K",
+        ),
+        (
+            lambda: cuda_port.scores(np.ones(32, "f4"), np.ones((1, 28), "u1"), "ktq2_1"),
+            tbq.InputError,
+            "64",
+        ),
+        (
+            lambda: cuda_port.weighted_sum(np.ones(2, "f4"), np.ones((1, 20), "u1"), "vtq2_1"),
+            tbq.InputError,
+            "2 weights",
+        ),
+    ):
+        with pytest.raises(error, match=words):
+            call()
+    corrupt = tbq.quantize(np.ones((2, 128), np.float32), "vtq2_3")
+    corrupt.view(tbq.get_format("vtq2_3").block)["pos"][1, 0, 3] = 200
+    with pytest.raises(tbq.CorruptBlockError, match="block 1"):
+        cuda_port.dequantize(corrupt, "vtq2_3")

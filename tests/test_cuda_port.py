@@ -1,0 +1,119 @@
+"""The GPU port where there is no GPU: in the simulator, as PTX, and as clear errors."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import HERE
+
+import cuda_port
+import tbq
+from tbq import BackendError
+
+SIMULATOR = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1"}
+HAS_COMPILER = importlib.util.find_spec("numba_cuda") is not None
+
+PTX_SCRIPT = r"""
+import json, re
+from cuda_port.signatures import all_kernels, ptx
+PATTERN = r"\bfma\.\w+|\.f64\b|\.approx|\.ftz|\.local\b|(?:div|sqrt)\.[a-z.]*f32"
+for kernel in all_kernels():
+    for cc in ((7, 5), (9, 0)):
+        text = ptx(kernel, cc)
+        found = sorted(set(re.findall(PATTERN, text)))
+        print(json.dumps([kernel.fmt.key, kernel.operation, found, ".target sm_%d%d" % cc in text]))
+"""
+
+
+def in_simulator(*args: str, timeout: int = 400) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-W", "ignore", *args]
+    return subprocess.run(
+        command, cwd=HERE.parent, env=SIMULATOR, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def test_cross_check_in_the_simulator():
+    ran = in_simulator("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda_kernels.py")
+    assert ran.returncode == 0, ran.stdout[-3000:]
+    assert re.search(r"\d\d passed", ran.stdout)
+    assert "skipped" not in ran.stdout
+
+
+def test_check_program_in_the_simulator(tmp_path):
+    out = tmp_path / "report.json"
+    args = ["vtq1_1", "--rows", "1", "--rounds", "1", "--out", str(out)]
+    script = "import sys; from tools import cuda_check; cuda_check.ROW = 64; "
+    script += "cuda_check.CHECKED_ROWS = 1; sys.exit(cuda_check.main(sys.argv[1:]))"
+    ran = in_simulator("-c", script, *args)
+    assert ran.returncode == 0, ran.stderr
+    report = json.loads(out.read_text())
+    assert report["schema"] == "tbq-cuda-check/1"
+    (result,) = report["formats"]
+    assert result["exact"]
+    assert set(result["checks"]) == {"quantize", "dequantize", "weighted_sum"}
+    assert all(t["gb_s"] > 0 for t in result["timings"].values())
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="no NVVM: pip install 'tbq-reference[cuda12]'")
+def test_ptx_keeps_the_arithmetic():
+    """Compiled for two architectures: nothing fused, flushed or approximate, no spilled buffers."""
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PTX_SCRIPT],
+        cwd=HERE.parent,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    rows = [json.loads(line) for line in ran.stdout.splitlines()]
+    formats = {key for key, *_ in rows}
+    assert formats == {
+        f.key for f in tbq.formats() if f.dialect != "llama-tq-cuda" and not f.sibling
+    }
+    for key, operation, found, right_target in rows:
+        assert right_target
+        searches = operation == "quantize" and "start" in tbq.get_format(key).block.names
+        allowed = {"div.rn.f32", "sqrt.rn.f32"} | ({".f64"} if searches else set())
+        assert set(found) <= allowed, (key, operation, found)
+
+
+def test_every_operation_says_what_is_missing():
+    if cuda_port.is_available():
+        pytest.skip("there is a device")
+    x = np.ones((2, 64), np.float32)
+    for call in (
+        lambda: cuda_port.quantize(x, "vtq2_1"),
+        lambda: cuda_port.dequantize(np.ones((2, 20), np.uint8), "vtq2_1"),
+        lambda: cuda_port.scores(x, np.ones((2, 28), np.uint8), "ktq2_1"),
+        lambda: cuda_port.weighted_sum(x, np.ones((64, 20), np.uint8), "vtq2_1"),
+    ):
+        with pytest.raises(BackendError, match=r"no CUDA device or driver; pip install"):
+            call()
+
+
+def test_without_numba_cuda(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda_port.api", None)
+    monkeypatch.delattr(cuda_port, "api", raising=False)
+    with pytest.raises(BackendError, match=r"cannot be imported .* pip install"):
+        cuda_port.quantize(np.ones((2, 64), np.float32), "vtq2_1")
+    assert not cuda_port.is_available()
+
+
+def test_importing_touches_neither_numba_nor_cuda():
+    script = "import sys, cuda_port; sys.exit('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=HERE.parent).returncode == 0
+
+
+def test_check_program_without_a_device(capsys):
+    if cuda_port.is_available():
+        pytest.skip("there is a device")
+    from tools import cuda_check
+
+    assert cuda_check.main([]) == 4
+    assert "no CUDA device or driver" in capsys.readouterr().err
+    assert cuda_check.main(["--rows", "0"]) == 2

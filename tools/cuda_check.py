@@ -1,0 +1,184 @@
+"""tbq-cuda-check: the GPU port against the CPU oracle, and how fast it is, as a JSON report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+import cuda_port
+import tbq
+from tbq.errors import BackendError, InputError
+
+from . import console
+
+SCHEMA = "tbq-cuda-check/1"
+ROW = 1024  # values; every format's block divides it
+CHECKED_ROWS = 64
+QUERIES = 4
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the argument parser."""
+    parser = argparse.ArgumentParser(
+        prog="tbq-cuda-check",
+        description="Check every ported format on a CUDA device against the CPU, to the bit, then "
+        "time it beside a device copy in the same process.",
+        epilog=console.EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("formats", metavar="FORMAT", nargs="*", help="default: all that are ported")
+    add("--rows", metavar="N", type=int, default=1 << 16, help="rows of 1024 values; default 65536")
+    add("--rounds", metavar="N", type=int, default=9, help="timed rounds; default 9")
+    add("--out", metavar="JSON", help="write the report here too")
+    add("--json", action="store_true", help="print the report instead of a table")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program; returns the exit code."""
+    return console.run(build_parser(), check, argv)
+
+
+def check(args: argparse.Namespace) -> int:
+    """Check and time every format; returns the exit code."""
+    if args.rows < 1 or args.rounds < 1:
+        raise InputError("--rows, --rounds", f"{args.rows}, {args.rounds}", "at least 1")
+    if not cuda_port.is_available():
+        need = (
+            "no CUDA device or driver; pip install 'tbq-reference[cuda12]' on a machine with a GPU"
+        )
+        raise BackendError("numba.cuda", need)
+    from cuda_port import api
+
+    formats = [tbq.get_format(name) for name in args.formats]
+    formats = formats or [fmt for fmt in tbq.formats() if api.ported(fmt)]
+    clock = _Clock(args.rounds)
+    copy = _device_copy(args.rows, clock)
+    results = []
+    for fmt in formats:
+        result = _one(fmt, args.rows, clock, copy)
+        results.append(result)
+        if not args.json:
+            print(_line(result, copy))
+    report = {
+        "schema": SCHEMA,
+        "device": _device(),
+        "rows": args.rows,
+        "row_values": ROW,
+        "device_copy_gb_s": copy,
+        "formats": results,
+    }
+    if args.out:
+        from gguf_io import AtomicFiles
+
+        with AtomicFiles() as output:
+            output.create(Path(args.out)).write(json.dumps(report, indent=1).encode() + b"\n")
+    if args.json:
+        console.print_json(report)
+    return console.OK if all(r["exact"] for r in results) else console.FAILED
+
+
+def _line(result: dict, copy: float) -> str:
+    text = f"{result['format']:<20}{'exact' if result['exact'] else 'WRONG':<7}"
+    for name, timing in result["timings"].items():
+        text += f"{name} {timing['gb_s']:.1f} GB/s ({timing['gb_s'] / copy:.0%} of a copy)  "
+    return text.rstrip()
+
+
+class _Clock:
+    """Medians of a few rounds, each long enough to time."""
+
+    def __init__(self, rounds: int) -> None:
+        self.rounds = rounds
+
+    def seconds(self, launch: Callable[[], object]) -> float:
+        """Return the median time of a launch, synchronised, after a warm-up."""
+        from numba import cuda
+
+        launch()
+        cuda.synchronize()
+        times = []
+        for _ in range(self.rounds):
+            start = time.perf_counter()
+            launch()
+            cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+
+def _device() -> dict:
+    from numba import cuda
+
+    current = getattr(cuda, "get_current_device", None)  # Numba's own simulator has none
+    device = current() if current else None
+    name = getattr(device, "name", b"simulator")
+    return {
+        "name": name.decode() if isinstance(name, bytes) else str(name),
+        "compute_capability": list(getattr(device, "compute_capability", ())),
+        "multiprocessors": getattr(device, "MULTIPROCESSOR_COUNT", None),
+    }
+
+
+def _device_copy(rows: int, clock: _Clock) -> float:
+    """Return how fast the device copies float32 rows, bytes read and written, GB/s."""
+    from numba import cuda
+
+    x = cuda.to_device(np.zeros(rows * ROW, np.float32))
+    y = cuda.device_array_like(x)
+    return 2 * 4 * rows * ROW / clock.seconds(lambda: y.copy_to_device(x)) / 1e9
+
+
+def _one(fmt: tbq.Format, rows: int, clock: _Clock, copy: float) -> dict:
+    from numba import cuda
+
+    rng = np.random.default_rng(1)
+    # a trellis search is milliseconds of work per block on the CPU, which has to agree
+    searches = "start" in fmt.block.names
+    checked = rng.standard_normal((max(1, CHECKED_ROWS // (16 if searches else 1)), ROW))
+    x = checked.astype(np.float32)
+    packed, y = tbq.quantize(x, fmt), None
+    checks = {"quantize": np.array_equal(cuda_port.quantize(x, fmt), packed)}
+    y = tbq.dequantize(packed, fmt)
+    checks["dequantize"] = np.array_equal(cuda_port.dequantize(packed, fmt), y)
+    q = rng.standard_normal((QUERIES, ROW)).astype(np.float32)
+    p = rng.random((QUERIES, len(x)), dtype=np.float32)
+    if "K" in fmt.side:
+        expected = tbq.scores(q, packed, fmt)
+        checks["scores"] = np.array_equal(cuda_port.scores(q, packed, fmt), expected)
+    if "V" in fmt.side:
+        expected = tbq.weighted_sum(p, packed, fmt)
+        checks["weighted_sum"] = np.array_equal(cuda_port.weighted_sum(p, packed, fmt), expected)
+    exact = all(checks.values())
+    timings = {}
+    if exact:  # a wrong kernel is not timed
+        few = max(1, rows // 64) if searches else rows
+        source = cuda.to_device(np.resize(x, (few, ROW)))
+        stored = cuda.to_device(np.resize(packed, (rows, packed.shape[1])))
+        n_bytes = (4 * ROW + packed.shape[1]) * rows
+        seconds = clock.seconds(lambda: cuda_port.quantize(source, fmt))
+        blocks = few * ROW // fmt.block_values
+        timings["quantize"] = _timing(seconds, n_bytes * few // rows, few, blocks)
+        seconds = clock.seconds(lambda: cuda_port.dequantize(stored, fmt))
+        timings["dequantize"] = _timing(seconds, n_bytes, rows, rows * ROW // fmt.block_values)
+    return {"format": fmt.key, "exact": exact, "checks": checks, "timings": timings}
+
+
+def _timing(seconds: float, n_bytes: int, rows: int, blocks: int) -> dict:
+    return {
+        "seconds": seconds,
+        "gb_s": n_bytes / seconds / 1e9,
+        "mvalues_s": rows * ROW / seconds / 1e6,
+        "blocks_s": blocks / seconds,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
