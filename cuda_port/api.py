@@ -33,8 +33,8 @@ def has_device() -> bool:
 
 
 def ported(fmt: Format) -> bool:
-    """Tell whether a format has kernels: those of pr21089 and llama-tq that stand alone."""
-    return fmt.dialect in DIALECTS and not fmt.sibling
+    """Tell whether a format has kernels: those of pr21089 and llama-tq do."""
+    return fmt.dialect in DIALECTS
 
 
 @dataclass(frozen=True)
@@ -259,6 +259,8 @@ def _launch_encoder(fmt: Format, x, row: int, packed, stream) -> None:
         grid = max(1, min(n, SCRATCH_BYTES // (4 * scratch_values)))
         scratch = _new((grid, scratch_values), np.float32, stream)
         trellis.encoder(fmt)[grid, trellis.THREADS, stream](x, t["levels"], scratch, packed)
+    elif fmt.sibling:
+        blocks32.norm_encoder(fmt)[-(-n // VALUE_THREADS), VALUE_THREADS, stream](x, packed)
     else:
         launch = blocks32.encoder(fmt)[-(-n // blocks32.GROUPS), blocks32.THREADS, stream]
         launch(x, t["signs"], t["levels"], t["limits"], packed)
@@ -288,8 +290,8 @@ def scores(q: np.ndarray, packed_k: Any, fmt: str | Format, *, stream: Any = 0) 
 
     Args:
         q: float32 (..., n) on the host; rotated there, once.
-        packed_k: uint8 (keys, row_bytes), on the host or on the device. The signs of ktq rows are
-            looked at on the host, so rows on the device are copied there once.
+        packed_k: uint8 (keys, row_bytes), on the host or on the device. One row of ktq keys is
+            copied to the host for its signs; all of them, if rows differ in their signs.
         fmt: a format for keys, of pr21089 or llama-tq.
         stream: a Numba stream.
 
@@ -300,6 +302,8 @@ def scores(q: np.ndarray, packed_k: Any, fmt: str | Format, *, stream: Any = 0) 
         As `quantize`; also InputError for a format that is not for keys, or another shape.
     """
     fmt = _side(_format(fmt), "K")
+    if fmt.sibling:
+        raise BackendError("cuda_port", f"scores of {fmt.key} are not ported; tbq.scores has them")
     q = _host(q, np.float32, "q")
     rows = _rows(packed_k, fmt)
     n = fmt.row_values(rows.shape[1])
@@ -310,10 +314,7 @@ def scores(q: np.ndarray, packed_k: Any, fmt: str | Format, *, stream: Any = 0) 
     levels = _tables(fmt)["levels"]
     for start, stop in _chunks(rows.shape[0], n):
         piece = rows[start:stop]
-        signed = "sb" in fmt.block.names
-        host = piece.copy_to_host() if is_on_device(piece) and signed else piece
-        blocks = host.view(fmt.block) if signed else np.zeros((1, n // fmt.block_values), fmt.block)
-        rotated, which = rotated_queries(queries, blocks, fmt)
+        rotated, which = rotated_queries(queries, _sign_rows(piece, fmt, stream), fmt)
         which = np.broadcast_to(which, (stop - start, which.shape[1]))
         device = piece if is_on_device(piece) else _to_device(piece, stream)
         part = _new((len(queries), stop - start), np.float32, stream)
@@ -325,6 +326,23 @@ def scores(q: np.ndarray, packed_k: Any, fmt: str | Format, *, stream: Any = 0) 
         out[:, start:stop] = part.copy_to_host(stream=stream)
         _wait(stream)
     return out.reshape(*q.shape[:-1], rows.shape[0])
+
+
+def _sign_rows(rows: Any, fmt: Format, stream: Any) -> np.ndarray:
+    """Return blocks on the host with the signs of rows: one row if all have the same, else all."""
+    if "sb" not in fmt.block.names:
+        return np.zeros((1, rows.shape[1] // fmt.block_bytes), fmt.block)
+    if is_on_device(rows) and rows.size:
+        differs = _to_device(np.zeros(1, np.int32), stream)
+        grid = -(-rows.size // fmt.block_bytes // VALUE_THREADS) + 1
+        flat = rows.reshape(rows.size)
+        checker = blocks32.sign_checker(fmt)[grid, VALUE_THREADS, stream]
+        checker(flat, rows.shape[1], differs)
+        found = differs.copy_to_host(stream=stream)
+        _wait(stream)
+        rows = (rows if found[0] else rows[:1]).copy_to_host(stream=stream)
+        _wait(stream)
+    return np.ascontiguousarray(rows).view(fmt.block)
 
 
 def weighted_sum(p: np.ndarray, packed_v: Any, fmt: str | Format, *, stream: Any = 0) -> np.ndarray:

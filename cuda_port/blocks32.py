@@ -1,4 +1,4 @@
-"""ktq*_1, vtq*_1 and vtq_mixed: blocks of 32 values, a thread for each, four blocks side by side.
+"""ktq*_1, xktq2_1, vtq*_1, vtq_mixed: blocks of 32, a thread per value, four blocks side by side.
 
 The arithmetic is that of `tbq.families.ktq` and `tbq.families.vtq`; ktq adds the signed Hadamard
 transform on either side. Threads of a block meet in shared memory, so every one of them reaches
@@ -23,6 +23,7 @@ from cuda_port.device import (
     mul,
     ordered_norm,
     packed_byte,
+    sqrt,
     store_fp16,
 )
 from tbq.families import ktq, vtq
@@ -63,6 +64,8 @@ def nearest(r, limits, first, last):
 
 def tables(fmt: Format) -> tuple[np.ndarray, np.ndarray]:
     """Return the levels of a format's codes and the thresholds between them; mixed: both tables."""
+    if fmt.sibling:
+        return np.zeros(1, np.float32), np.zeros(1, np.float32)
     if vtq.is_mixed(fmt):
         pairs = [_table(vtq.CODEBOOKS[bits], bits) for bits in (3, 2)]
         return tuple(np.concatenate(parts) for parts in zip(*pairs, strict=True))
@@ -163,8 +166,51 @@ def mixed_byte(codes, group, k):
     return byte
 
 
+@cache
+def norm_encoder(fmt: Format):
+    """Return the kernel (x, packed) of xktq2_1 alone: the norm of each block, a thread each."""
+    size = fmt.block_bytes
+
+    @cuda.jit
+    def encode(x, packed):
+        block = cuda.grid(1)
+        if block * QK < x.size:
+            total = ZERO
+            for j in range(QK):
+                total = add(total, mul(x[block * QK + j], x[block * QK + j]))
+            for k in range(2, size):
+                packed[block * size + k] = 0
+            store_fp16(sqrt(total), packed, block * size)
+
+    return encode
+
+
+@cache
+def sign_checker(fmt: Format):
+    """Return the kernel (packed, row_bytes, differs) that sets differs if signs are not row 0's."""
+    size, sb = fmt.block_bytes, 2 + 4 * ktq.code_bits(fmt)
+
+    @cuda.jit
+    def check(packed, row_bytes, differs):
+        block = cuda.grid(1)
+        if block * size < packed.size:
+            at = block * size + sb
+            for k in range(4):
+                if packed[at + k] != packed[(block * size) % row_bytes + sb + k]:
+                    differs[0] = 1
+
+    return check
+
+
+def nothing_at(packed, base, i, levels):
+    """Value i of an xktq2_1 block without its sibling."""
+    return ZERO
+
+
 def level_at(fmt: Format):
     """Return the device function (packed, base, i, levels): the scaled level of value i."""
+    if fmt.sibling:
+        return cuda.jit(device=True)(nothing_at)
     mixed, bits = vtq.is_mixed(fmt), 2 if vtq.is_mixed(fmt) else ktq.code_bits(fmt)
 
     @cuda.jit(device=True)

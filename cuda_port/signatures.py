@@ -31,10 +31,15 @@ def kernels_of(fmt: Format) -> Iterator[Signature]:
     elif "start" in fmt.block.names:
         yield Signature(fmt, "quantize", trellis.encoder(fmt).py_func, (F, F, F2, B))
         yield Signature(fmt, "dequantize", api.value_decoder(fmt).py_func, (B, F, F))
+    elif fmt.sibling:
+        yield Signature(fmt, "quantize", blocks32.norm_encoder(fmt).py_func, (F, B))
+        yield Signature(fmt, "dequantize", api.value_decoder(fmt).py_func, (B, F, F))
+        return
     else:
         yield Signature(fmt, "quantize", blocks32.encoder(fmt).py_func, (F, N, F, F, B))
         if "sb" in fmt.block.names:
             yield Signature(fmt, "dequantize", blocks32.signed_decoder(fmt).py_func, (B, F, F))
+            yield Signature(fmt, "signs", blocks32.sign_checker(fmt).py_func, (B, "i8", N))
         else:
             yield Signature(fmt, "dequantize", api.value_decoder(fmt).py_func, (B, F, F))
     if "K" in fmt.side:
@@ -63,7 +68,8 @@ def ptx(kernel: Signature, compute_capability: tuple[int, int]) -> str:
 
     scalars = {"f4": types.float32, "u1": types.uint8, "i4": types.int32}
     arguments = tuple(
-        types.Array(scalars[name[:2]], int(name[3]), "C") for name in kernel.arguments
+        types.Array(scalars[name[:2]], int(name[3]), "C") if "[" in name else types.int64
+        for name in kernel.arguments
     )
     device = mock.Mock(compute_capability=compute_capability)
     with mock.patch.object(dispatcher, "get_current_device", return_value=device):

@@ -17,13 +17,10 @@ from tbq.families import trellis
 from tbq.numerics import fp16_bits
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
-pytestmark = [
-    pytest.mark.skipif(
-        not cuda_port.is_available(), reason="no CUDA device; test_cuda_port.py simulates one"
-    ),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy scalars overflow as floats do
-]
-PORTED = [f for f in tbq.formats() if f.dialect in ("pr21089", "llama-tq") and not f.sibling]
+if not cuda_port.is_available():
+    pytest.skip("no CUDA device; test_cuda_port.py simulates one", allow_module_level=True)
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy scalars do overflow
+PORTED = [f for f in tbq.formats() if f.dialect in ("pr21089", "llama-tq")]
 SEARCHED = [f for f in PORTED if "start" in f.block.names]
 EXAMPLES = settings(max_examples=2 if SIMULATED else 100, deadline=None, derandomize=True)
 each = pytest.mark.parametrize("fmt", PORTED, ids=lambda fmt: fmt.key)
@@ -83,6 +80,10 @@ def test_attention_is_the_oracles(fmt, data):
     packed = tbq.quantize(rng.standard_normal((3, blocks * fmt.block_values)).astype("f4"), fmt)
     if "sb" in fmt.block.names and data.draw(st.booleans()):
         packed.view(fmt.block)["sb"][1] ^= 0x5A  # rows that differ in their signs
+    if fmt.sibling:
+        with pytest.raises(tbq.BackendError, match=r"not ported; tbq.scores"):
+            cuda_port.scores(np.ones(blocks * 32, np.float32), packed, fmt)
+        return
     if "K" in fmt.side:
         q = rng.standard_normal((2, blocks * fmt.block_values)).astype(np.float32)
         assert equal(cuda_port.scores(q, packed, fmt), tbq.scores(q, packed, fmt))
@@ -152,6 +153,17 @@ def test_device_arrays_stay_on_the_device():
     assert equal(
         cuda_port.scores(q, keys, "ktq1_1"), tbq.scores(q, tbq.quantize(x[0], "ktq1_1"), "ktq1_1")
     )
+
+
+def test_signs_of_rows_on_the_device_are_looked_at(rng):
+    from numba import cuda
+
+    x, q = rng.standard_normal((3, 64)).astype("f4"), rng.standard_normal(64).astype("f4")
+    packed = tbq.quantize(x, "ktq2_1")
+    for change in (0, 1):
+        packed.view(tbq.get_format("ktq2_1").block)["sb"][2, 1, 3] ^= change
+        found = cuda_port.scores(q, cuda.to_device(packed), "ktq2_1")
+        assert equal(found, tbq.scores(q, packed, "ktq2_1"))
 
 
 def test_host_arrays_go_through_in_chunks(monkeypatch, rng):

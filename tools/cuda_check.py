@@ -64,7 +64,7 @@ def check(args: argparse.Namespace) -> int:
     copy = _device_copy(args.rows, clock)
     results = []
     for fmt in formats:
-        result = _one(fmt, args.rows, clock, copy)
+        result = _one(fmt, args.rows, clock)
         results.append(result)
         if not args.json:
             print(_line(result, copy))
@@ -136,7 +136,7 @@ def _device_copy(rows: int, clock: _Clock) -> float:
     return 2 * 4 * rows * ROW / clock.seconds(lambda: y.copy_to_device(x)) / 1e9
 
 
-def _one(fmt: tbq.Format, rows: int, clock: _Clock, copy: float) -> dict:
+def _one(fmt: tbq.Format, rows: int, clock: _Clock) -> dict:
     from numba import cuda
 
     rng = np.random.default_rng(1)
@@ -144,13 +144,13 @@ def _one(fmt: tbq.Format, rows: int, clock: _Clock, copy: float) -> dict:
     searches = "start" in fmt.block.names
     checked = rng.standard_normal((max(1, CHECKED_ROWS // (16 if searches else 1)), ROW))
     x = checked.astype(np.float32)
-    packed, y = tbq.quantize(x, fmt), None
+    packed = tbq.quantize(x, fmt)
     checks = {"quantize": np.array_equal(cuda_port.quantize(x, fmt), packed)}
     y = tbq.dequantize(packed, fmt)
     checks["dequantize"] = np.array_equal(cuda_port.dequantize(packed, fmt), y)
     q = rng.standard_normal((QUERIES, ROW)).astype(np.float32)
     p = rng.random((QUERIES, len(x)), dtype=np.float32)
-    if "K" in fmt.side:
+    if "K" in fmt.side and not fmt.sibling:
         expected = tbq.scores(q, packed, fmt)
         checks["scores"] = np.array_equal(cuda_port.scores(q, packed, fmt), expected)
     if "V" in fmt.side:
@@ -168,6 +168,14 @@ def _one(fmt: tbq.Format, rows: int, clock: _Clock, copy: float) -> dict:
         timings["quantize"] = _timing(seconds, n_bytes * few // rows, few, blocks)
         seconds = clock.seconds(lambda: cuda_port.dequantize(stored, fmt))
         timings["dequantize"] = _timing(seconds, n_bytes, rows, rows * ROW // fmt.block_values)
+        weights = rng.random((QUERIES, rows), dtype=np.float32)
+        attention = {
+            "scores": lambda: cuda_port.scores(q, stored, fmt),
+            "weighted_sum": lambda: cuda_port.weighted_sum(weights, stored, fmt),
+        }
+        for name in attention.keys() & checks.keys():  # bytes of the packed rows alone
+            seconds = clock.seconds(attention[name])
+            timings[name] = _timing(seconds, stored.size, rows, stored.size // fmt.block_bytes)
     return {"format": fmt.key, "exact": exact, "checks": checks, "timings": timings}
 
 
