@@ -184,9 +184,10 @@ def rotated_queries(
     patterns = [blocks[:1, b] for b in range(row_blocks)]
     if "sb" in fmt.block.names:
         for b in range(row_blocks):
-            _, first, which[:, b] = np.unique(
+            _, first, inverse = np.unique(
                 blocks["sb"][:, b], axis=0, return_index=True, return_inverse=True
             )
+            which[:, b] = inverse.reshape(-1)  # NumPy 2.0 keeps the axis
             patterns[b] = blocks[first, b]
     variants = max(map(len, patterns))
     rotated = np.zeros((m, row_blocks, variants, size), np.float32)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gguf_io.state_writer import MIXED_DIALECTS
+
 MIB = 1024 * 1024
 WIDTH = 100
 
@@ -191,7 +193,8 @@ def _print_choice(choice: dict | None) -> None:
         types = f"K {c['k']}" + (f", V {c['v']}" if c["v"] else "")
         print(f"  all layers alike{of}: {types}: {c['bpw']:.2f} bits per value")
         if c["layers_bpw"] < c["bpw"]:
-            print(f"  layer by layer{of}: {c['layers_bpw']:.2f} bits per value")
+            can = "" if c["dialect"] in MIXED_DIALECTS else ", which it cannot load as one cache"
+            print(f"  layer by layer{of}: {c['layers_bpw']:.2f} bits per value{can}")
             for layer in c["layers"]:
                 v = f", V {layer['v']}" if layer["v"] else ""
                 print(f"    {layer['layer']}: K {layer['k']}{v}")
