@@ -11,7 +11,7 @@ import numpy as np
 from numba import cuda
 
 from cuda_port import attention, blocks32, pr21089, trellis
-from tbq.attention import rotated_queries
+from tbq.attention import RUN_KEYS, rotated_queries
 from tbq.errors import BackendError, CorruptBlockError, InputError
 from tbq.families.trellis import code_table
 from tbq.format import Format
@@ -368,17 +368,22 @@ def weighted_sum(p: np.ndarray, packed_v: Any, fmt: str | Format, *, stream: Any
     if not is_on_device(rows):
         _check_outliers(fmt, rows)
     n = fmt.row_values(rows.shape[1])
-    if rows.size > CHUNK_VALUES * 4:
-        got = f"{rows.size} bytes of values"
-        raise InputError("packed_v", got, f"at most {CHUNK_VALUES * 4}: one sum runs over all rows")
     weights = p.reshape(-1, rows.shape[0])
-    total = _new((len(weights), n), np.float32, stream)
+    total = _to_device(np.zeros((len(weights), n), np.float32), stream)
     if total.size:
-        device = rows if is_on_device(rows) else _to_device(rows, stream)
-        tables = _tables(fmt)
-        grid = -(-n // VALUE_THREADS), len(weights)
-        arguments = device.reshape(device.size), tables["levels"], _to_device(weights, stream)
-        sum_kernel(fmt)[grid, VALUE_THREADS, stream](*arguments, total)
+        tables, columns = _tables(fmt), -(-n // VALUE_THREADS)
+        step = max(1, CHUNK_VALUES // n // RUN_KEYS) * RUN_KEYS
+        for start in range(0, rows.shape[0], step):
+            stop = min(start + step, rows.shape[0])
+            piece = rows[start:stop]
+            device = piece if is_on_device(piece) else _to_device(piece, stream)
+            runs = -(-(stop - start) // RUN_KEYS)
+            partial = _new((runs, len(weights), n), np.float32, stream)
+            mine = _to_device(weights[:, start:stop], stream)
+            launch = sum_kernel(fmt)[(columns, len(weights), runs), VALUE_THREADS, stream]
+            launch(device.reshape(device.size), tables["levels"], mine, partial)
+            gather = attention.gather_kernel()[(columns, len(weights)), VALUE_THREADS, stream]
+            gather(partial, total)
         if fmt.dialect == "pr21089":
             turned = _new((len(weights), n), np.float32, stream)
             flat = total.reshape(total.size), tables["matrix"], turned.reshape(turned.size)

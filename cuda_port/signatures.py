@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import tbq
-from cuda_port import api, blocks32, pr21089, trellis
+from cuda_port import api, attention, blocks32, pr21089, trellis
 from tbq.format import Format
 
 
@@ -19,7 +19,8 @@ class Signature(NamedTuple):
     arguments: tuple[str, ...]
 
 
-F, B, N, F2, F4, N2 = "f4[1]", "u1[1]", "i4[1]", "f4[2]", "f4[4]", "i4[2]"
+F, B, N, N2 = "f4[1]", "u1[1]", "i4[1]", "i4[2]"
+F2, F3, F4 = "f4[2]", "f4[3]", "f4[4]"
 
 
 def kernels_of(fmt: Format) -> Iterator[Signature]:
@@ -45,7 +46,8 @@ def kernels_of(fmt: Format) -> Iterator[Signature]:
     if "K" in fmt.side:
         yield Signature(fmt, "scores", api.score_kernel(fmt).py_func, (B, F, F4, N2, F2))
     if "V" in fmt.side:
-        yield Signature(fmt, "weighted_sum", api.sum_kernel(fmt).py_func, (B, F, F2, F2))
+        yield Signature(fmt, "weighted_sum", api.sum_kernel(fmt).py_func, (B, F, F2, F3))
+        yield Signature(fmt, "gather", attention.gather_kernel().py_func, (F3, F2))
 
 
 def all_kernels() -> Iterator[Signature]:

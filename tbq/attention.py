@@ -11,7 +11,8 @@ Arithmetic, all in float32, nothing fused or reassociated:
     level_i  = (codebook[code_i] * c) * d, as the format's docstring has it; c its constant factor
     q~       = T(q), block by block, summed as the format's encoder does
     score    = sum over blocks, in order, of (sum over i in the block, in order, of q~_i * level_i)
-    a_i      = sum over keys t, in order, of p_t * level_ti
+    a_i      = sum over runs of 512 keys, in order, of (sum over the run's keys t, in order, of
+               p_t * level_ti), so that runs can be summed side by side
     result   = T'(a), block by block, summed as the format's decoder does
 
 ktq blocks carry their signs. Those of one column of blocks are the same in all rows of llama-tq's
@@ -29,6 +30,8 @@ from tbq.registry import get_format
 
 # Float32 values of scaled levels that are held at a time.
 CHUNK_VALUES = 1 << 20
+# Keys that are summed before their sum is added to the others'.
+RUN_KEYS = 512
 
 
 def scores(
@@ -95,8 +98,13 @@ def weighted_sum(p: np.ndarray, packed_v: np.ndarray, fmt: str | Format) -> np.n
     total = np.zeros((len(weights), n), np.float32)
     from tbq.kernels.attention import add_weighted  # imports Numba
 
-    for start, stop, levels in _levels(packed_v, fmt, n):
-        add_weighted(np.ascontiguousarray(weights[:, start:stop]), levels, total)
+    for first in range(0, len(packed_v), RUN_KEYS):
+        run = packed_v[first : first + RUN_KEYS]
+        partial = np.zeros_like(total)
+        for start, stop, levels in _levels(run, fmt, n, first):
+            mine = weights[:, first + start : first + stop]
+            add_weighted(np.ascontiguousarray(mine), levels, partial)
+        total += partial
     blocks = total.reshape(-1, fmt.block_values)
     with np.errstate(all="ignore"):
         result = fmt.unrotate_ref(fmt, blocks, np.empty(0, fmt.block))
@@ -127,8 +135,11 @@ def weighted_sum_ref(p: np.ndarray, packed_v: np.ndarray, fmt: Format) -> np.nda
     levels = fmt.levels_ref(fmt, blocks.reshape(-1)).reshape(len(blocks), -1)
     total = np.zeros((len(p), levels.shape[1]), np.float32)
     with np.errstate(all="ignore"):
-        for t, row in enumerate(levels):
-            total += p[:, t, None] * row
+        for first in range(0, len(levels), RUN_KEYS):
+            partial = np.zeros_like(total)
+            for t in range(first, min(first + RUN_KEYS, len(levels))):
+                partial += p[:, t, None] * levels[t]
+            total += partial
         by_block = total.reshape(-1, fmt.block_values)
         return fmt.unrotate_ref(fmt, by_block, np.empty(0, fmt.block)).reshape(total.shape)
 
@@ -160,8 +171,11 @@ def _with_codes(
     return whole, lender
 
 
-def _levels(packed: np.ndarray, fmt: Format, values_per_row: int):
-    """Yield (start, stop, scaled levels float32 (rows, n)) for a few rows at a time."""
+def _levels(packed: np.ndarray, fmt: Format, values_per_row: int, first_row: int = 0):
+    """Yield (start, stop, scaled levels float32 (rows, n)) for a few rows at a time.
+
+    `first_row` is where `packed` stands among the caller's rows, for errors.
+    """
     kernel = fmt.kernels().levels
     n = fmt.row_values(packed.shape[1])
     step = max(1, CHUNK_VALUES // values_per_row)
@@ -170,7 +184,7 @@ def _levels(packed: np.ndarray, fmt: Format, values_per_row: int):
         levels = np.empty((stop - start, n), np.float32)
         corrupt = kernel(packed[start:stop], levels)
         if corrupt is not None and corrupt >= 0:
-            block = start * (n // fmt.block_values) + corrupt
+            block = (first_row + start) * (n // fmt.block_values) + corrupt
             raise CorruptBlockError(fmt.key, block, "an outlier lies outside the block")
         yield start, stop, levels
 

@@ -65,6 +65,22 @@ def test_weighted_sums_are_close_to_float64_on_decoded_values(fmt, rng):
     assert np.abs(found - exact).max() <= limit
 
 
+def test_weights_are_summed_in_runs_of_512_keys(rng):
+    fmt = tbq.get_format("vtq3_1")
+    packed = np.resize(packed_rows(fmt, rng, keys=9, blocks=1), (1300, fmt.block_bytes))
+    p = rng.random((2, 1300), dtype=np.float32)
+    found = tbq.weighted_sum(p, packed, fmt)
+    assert np.array_equal(found, weighted_sum_ref(p, packed, fmt))
+    y = tbq.dequantize(packed, fmt)
+    total = np.zeros((2, 32), np.float32)
+    for start in (0, 512, 1024):
+        partial = np.zeros((2, 32), np.float32)
+        for t in range(start, min(start + 512, 1300)):
+            partial += p[:, t, None] * y[t]
+        total += partial
+    assert np.array_equal(found, total)
+
+
 def test_borrowed_codes(rng):
     lender, fmt = tbq.get_format("ktq2_1"), tbq.get_format("xktq2_1")
     x, lent = rng.standard_normal((2, 6, 96)).astype(np.float32)

@@ -177,8 +177,19 @@ def test_host_arrays_go_through_in_chunks(monkeypatch, rng):
     assert equal(cuda_port.dequantize(packed, fmt), tbq.dequantize(packed, fmt))
     keys = tbq.quantize(x, "ktq1_1")
     assert equal(cuda_port.scores(x[:1], keys, "ktq1_1"), tbq.scores(x[:1], keys, "ktq1_1"))
-    with pytest.raises(tbq.InputError, match="at most 256: one sum runs over all rows"):
-        cuda_port.weighted_sum(np.ones(50, np.float32), np.zeros((50, 6), np.uint8), fmt)
+
+
+def test_runs_of_keys_are_summed_apart(monkeypatch, rng):
+    from cuda_port import api, attention
+
+    keys, run = (11, 4) if SIMULATED else (1100, 512)  # the simulator is slow
+    for module in (api, attention, tbq.attention):
+        monkeypatch.setattr(module, "RUN_KEYS", run)
+    monkeypatch.setattr(api, "CHUNK_VALUES", 32 * run)
+    row = tbq.quantize(rng.standard_normal((7, 32)).astype("f4"), "vtq2_1")
+    packed, p = np.resize(row, (keys, 10)), rng.random((1, keys), dtype=np.float32)
+    found = cuda_port.weighted_sum(p, packed, "vtq2_1")
+    assert equal(found, tbq.weighted_sum(p, packed, "vtq2_1"))
 
 
 def test_empty_arrays():
