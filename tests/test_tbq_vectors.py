@@ -161,6 +161,20 @@ def test_rounding_is_explained_with_positions(small_set, tmp_path, vectors):
     assert re.search(r"explained by rounding: .* lie within 8 ulps of a boundary", out)
 
 
+def test_rounding_names_the_values_and_their_distance():
+    from tools.vector_compare import ROUNDING, compare
+
+    found = cases([tbq.get_format("ktq2_1")], ["quantize"], 0, "small")
+    case = next(c for c in found if c.mask is not None and c.match["positions"])
+    block, element = case.match["positions"][0]
+    output = case.expected.copy()
+    raw = output.reshape(-1, 14)
+    raw[block, 2 + element // 4] ^= 1 << 2 * (element % 4)
+    found = compare(case, output)
+    assert found.verdict == ROUNDING
+    assert re.search(rf"values .block:element. {block}:{element} \(\d\.\d ulps\) lie", found.detail)
+
+
 def test_selection(whole_set, small_set, vectors):
     out = vectors("check", "--formats", "ktq2_1", "--ops", "scores", whole_set, whole_set)[1]
     assert out == "ok   llama-tq:ktq2_1 scores: 1 exact\n"

@@ -9,7 +9,8 @@ import numpy as np
 import tbq
 from tbq import Format, TbqError
 
-from .vector_set import Case
+from .code_bits import codes_of
+from .vector_set import Case, block_index, boundary_ulps
 
 EXACT, ROUNDING, WRONG = "exact", "explained by rounding", "wrong"
 
@@ -96,14 +97,21 @@ def _compare_bytes(case: Case, actual: np.ndarray) -> Comparison:
 
 def _boundary_detail(case: Case, a: np.ndarray, e: np.ndarray) -> str:
     changed = (a != e).any(axis=1)
-    positions = [tuple(p) for p in case.match["positions"] if changed[p[0]]]
+    moved = codes_of(case.format, a) != codes_of(case.format, e)
+    positions = [tuple(p) for p in case.match["positions"] if moved[tuple(p)]]
     scales = [b for b in case.match["scales"] if changed[b]]
     parts = []
     if positions:
-        shown = ", ".join(f"{b}:{i}" for b, i in positions[:4])
+        flat = np.ascontiguousarray(case.inputs["x"].reshape(-1, case.format.block_values))
+        blocks = np.ascontiguousarray(e).view(case.format.block).reshape(-1)
+        index = block_index(case.format, case.inputs["x"])
+        stages = case.format.stages_ref(case.format, flat, index, blocks)
+        ulps = boundary_ulps(case.format, stages.coordinates)
+        shown = ", ".join(f"{p[0]}:{p[1]} ({ulps[p]:.1f} ulps)" for p in positions[:4])
         parts.append(f"values (block:element) {shown}{', ...' if len(positions) > 4 else ''}")
     if scales:
         parts.append(f"scales of blocks {', '.join(map(str, scales[:4]))}")
+    parts = parts or [f"scales of blocks {', '.join(map(str, np.flatnonzero(changed)[:4]))}"]
     return f"{' and '.join(parts)} lie within {case.match['ulps']} ulps of a boundary"
 
 

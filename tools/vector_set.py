@@ -157,26 +157,36 @@ def _add_stages(case: Case) -> None:
     }
 
 
+def boundary_ulps(fmt: Format, r: np.ndarray) -> np.ndarray:
+    """Return how far coordinates r (n, values) are from the nearest decision boundary.
+
+    The unit is that of the block's root mean square coordinate, as errors come from whole sums.
+    Infinity where there are no boundaries, or no coordinates.
+    """
+    distance = np.full(r.shape, np.inf)
+    if fmt.boundaries is None:
+        return distance
+    wide = r.astype(np.float64)
+    edges = np.broadcast_to(fmt.boundaries, (fmt.block_values, np.shape(fmt.boundaries)[-1]))
+    with np.errstate(all="ignore"):
+        unit = ULP * np.sqrt((wide**2).mean(axis=1, keepdims=True))
+        for edge in edges.T:
+            distance = np.fmin(distance, np.abs(wide - edge))
+        ulps = np.where(distance == 0, 0.0, distance / unit)
+    return np.where(np.isfinite(unit), ulps, np.inf)
+
+
 def _near_boundaries(fmt: Format, x: np.ndarray, r: np.ndarray) -> np.ndarray:
     """Tell which coordinates r (n, values) of x are so near a boundary that rounding decides.
 
-    The unit is that of the block's root mean square coordinate, as errors come from whole sums. A
-    coordinate exactly on a boundary is a tie that every kernel must decide in the same way if no
+    A coordinate exactly on a boundary is a tie that every kernel must decide in the same way if no
     rounding led to it: without a rotation, or from so few values that all their sums are exact.
     """
-    if fmt.boundaries is None:
-        return np.zeros(r.shape, bool)
-    wide = r.astype(np.float64)
-    with np.errstate(all="ignore"):
-        unit = ULP * np.sqrt((wide**2).mean(axis=1, keepdims=True))
-        edges = np.broadcast_to(fmt.boundaries, (fmt.block_values, np.shape(fmt.boundaries)[-1]))
-        distance = np.full(r.shape, np.inf)
-        for edge in edges.T:
-            distance = np.fmin(distance, np.abs(wide - edge))
-        near = (distance <= BOUNDARY_ULPS * unit) & np.isfinite(unit)
+    ulps = boundary_ulps(fmt, r)
+    near = ulps <= BOUNDARY_ULPS
     terms = (x.reshape(len(x), -1, fmt.group_values) != 0).sum(axis=2)
     exact = (terms <= EXACT_TERMS) | (fmt.group_values == 1)
-    return near & ~((distance == 0) & np.repeat(exact, fmt.group_values, axis=1))
+    return near & ~((ulps == 0) & np.repeat(exact, fmt.group_values, axis=1))
 
 
 def _loose_scales(scale: np.ndarray) -> np.ndarray:
