@@ -51,7 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="INPUT [OUTPUT] TYPE",
         nargs="+",
         help="INPUT: a GGUF file, the first shard of a split model, or a state file; OUTPUT: by "
-        "default ggml-model-TYPE.gguf beside INPUT; TYPE: see below, case does not matter",
+        "default ggml-model-TYPE.gguf beside INPUT, or INPUT's name with the types in it for a "
+        "state file; TYPE: see below, case does not matter",
     )
     add("--pure", action="store_true", help="give every quantisable tensor TYPE, no mixture")
     add(
