@@ -59,6 +59,11 @@ class Unknown:
 TensorType = Format | GgmlType | Unknown
 
 
+def type_key(kind: TensorType) -> str:
+    """Return a type's full name: `dialect:name` of a registered format, ggml's name of its own."""
+    return kind.key if isinstance(kind, Format) else kind.name
+
+
 def _ggml_type(qtype: gguf.GGMLQuantizationType) -> GgmlType:
     name = re.sub("_k$", "_K", qtype.name.lower())
     return GgmlType(name, int(qtype), *gguf.GGML_QUANT_SIZES[qtype])

@@ -11,7 +11,7 @@ import tbq
 from gguf_io import GgmlType, TensorType, resolve_type
 from gguf_io.graph_rotation import ROTATED_MULTIPLE, is_quantized, rotation_kind
 from gguf_io.state_writer import CACHE_TYPES
-from gguf_io.types import can_quantize, dequantize_rows, quantize_rows
+from gguf_io.types import can_quantize, dequantize_rows, quantize_rows, type_key
 from tbq import Format, InputError
 from tbq.metrics import Distortion
 from tbq.registry import BACKEND_OF
@@ -49,11 +49,6 @@ class CandidateResult:
             "attention": self.attention.report() if self.attention else None,
             "unfit": self.unfit,
         }
-
-
-def type_key(kind: TensorType) -> str:
-    """Return a type's full name."""
-    return kind.key if isinstance(kind, Format) else kind.name
 
 
 def parse_candidates(text: str, dialect: str | None) -> list[TensorType]:

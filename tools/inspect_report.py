@@ -6,9 +6,10 @@ import numpy as np
 
 from gguf_io import StateFile
 from gguf_io.state_parser import DEFERRED_STATES, KvMemory
+from gguf_io.types import type_key
 
 from .attention_error import QUERIES
-from .candidates import Combination, type_key
+from .candidates import Combination
 from .inspection import Findings, Inspection
 
 SCHEMA = "tbq-inspect/1"

@@ -194,7 +194,7 @@ def _name_operands(args: argparse.Namespace) -> None:
 
 def _convert_gguf(args: argparse.Namespace) -> int:
     from gguf_io import open_gguf
-    from gguf_io.types import row_bytes
+    from gguf_io.types import row_bytes, type_key
 
     from .type_policy import choose_types, is_quantized
 
@@ -202,8 +202,7 @@ def _convert_gguf(args: argparse.Namespace) -> int:
     options = _options(args)
     with open_gguf(args.input, args.dialect) as file:
         outputs = _output_paths(args, options, file)
-        target = getattr(options.target, "key", options.target.name)
-        job = Job(args, file, target, file.shard_paths, outputs)
+        job = Job(args, file, type_key(options.target), file.shard_paths, outputs)
         if file.dialect_guessed:
             job.note(f"reading {args.input} as dialect {file.dialect}: {file.dialect_reason}")
         if options.overrides and (options.pure or not is_quantized(options.target)):
