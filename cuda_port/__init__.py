@@ -11,7 +11,7 @@ from typing import Any
 from tbq.errors import BackendError
 from tbq.format import Format
 
-__all__ = ["dequantize", "is_available", "quantize", "scores", "weighted_sum"]
+__all__ = ["dequantize", "is_available", "quantize", "require_device", "scores", "weighted_sum"]
 
 
 def _api():
@@ -29,6 +29,11 @@ def is_available() -> bool:
         return _api().has_device()
     except BackendError:
         return False
+
+
+def require_device() -> None:
+    """Raise BackendError, which says what to install, if there is no device to run on."""
+    _api().require_device()
 
 
 def quantize(x: Any, fmt: str | Format, *, stream: Any = 0) -> Any:

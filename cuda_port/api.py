@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import cuda
@@ -37,58 +36,54 @@ def ported(fmt: Format) -> bool:
     return fmt.dialect in DIALECTS
 
 
-@dataclass(frozen=True)
-class Kernels:
-    """What is launched for a format, with its tables on the host."""
+class Decoding(NamedTuple):
+    """How a format's values are read: the table of its levels, and the device function of one."""
 
-    fmt: Format
     levels: np.ndarray
     level: Any
 
-    @property
-    def values(self) -> int:
-        """Values per block."""
-        return self.fmt.block_values
-
 
 @cache
-def kernels(fmt: Format) -> Kernels:
-    """Return the tables and the level function of a format."""
+def decoding(fmt: Format) -> Decoding:
+    """Return the table and the level function of a format."""
     if fmt.dialect == "pr21089":
-        return Kernels(fmt, pr21089.tables(fmt)[0], pr21089.level_at(fmt))
+        return Decoding(pr21089.tables(fmt)[0], pr21089.level_at(fmt))
     if "start" in fmt.block.names:
-        return Kernels(fmt, np.array(code_table()), trellis.level_at(fmt))
-    return Kernels(fmt, blocks32.tables(fmt)[0], blocks32.level_at(fmt))
+        return Decoding(np.array(code_table()), trellis.level_at(fmt))
+    return Decoding(blocks32.tables(fmt)[0], blocks32.level_at(fmt))
 
 
 @cache
 def value_decoder(fmt: Format):
     """Return the decoder of a format without a rotation of its own."""
-    return attention.value_decoder(kernels(fmt).level, fmt.block_values, fmt.block_bytes)
+    return attention.value_decoder(decoding(fmt).level, fmt.block_values, fmt.block_bytes)
 
 
 @cache
 def score_kernel(fmt: Format):
     """Return the kernel of `scores`."""
-    return attention.score_kernel(kernels(fmt).level, fmt.block_values, fmt.block_bytes)
+    return attention.score_kernel(decoding(fmt).level, fmt.block_values, fmt.block_bytes)
 
 
 @cache
 def sum_kernel(fmt: Format):
     """Return the kernel of `weighted_sum`."""
-    return attention.sum_kernel(kernels(fmt).level, fmt.block_values, fmt.block_bytes)
+    return attention.sum_kernel(decoding(fmt).level, fmt.block_values, fmt.block_bytes)
 
 
 # --- arrays --------------------------------------------------------------------------------------
 
 
+def require_device() -> None:
+    """Raise BackendError, which says what to install, if there is no device to run on."""
+    if not has_device():
+        install = "pip install 'tbq-reference[cuda12]' on a machine with a GPU"
+        raise BackendError("numba.cuda", f"no CUDA device or driver; {install}")
+
+
 def _format(fmt: str | Format) -> Format:
     found = get_format(fmt)
-    if not has_device():
-        need = (
-            "no CUDA device or driver; pip install 'tbq-reference[cuda12]' on a machine with a GPU"
-        )
-        raise BackendError("numba.cuda", need)
+    require_device()
     if not ported(found):
         raise BackendError("cuda_port", f"{found.key} is not ported; tbq has it on the CPU")
     return found
@@ -137,7 +132,7 @@ def _new(shape, dtype, stream):
 @cache
 def _constants(device: int, fmt: Format, row_blocks: int) -> dict[str, Any]:
     """Return a format's tables on a device, copied there once."""
-    tables = {"levels": kernels(fmt).levels}
+    tables = {"levels": decoding(fmt).levels}
     if fmt.dialect == "pr21089":
         tables["matrix"], tables["transposed"] = pr21089.matrices()
         tables["limits"] = pr21089.tables(fmt)[1]

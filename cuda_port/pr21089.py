@@ -54,6 +54,13 @@ def rotate(matrix, v, half, i):
     return total
 
 
+@cuda.jit(device=True)
+def load_halves(x, block, v, i):
+    """Let thread i put its value of each half of a block into v[0]; a barrier has to follow."""
+    for half in range(2):
+        v[0, QR_SIZE * half + i] = x[block * QK_K + QR_SIZE * half + i]
+
+
 @cache
 def encoder(fmt: Format):
     """Return the kernel (x, transposed, boundaries, packed): flat float32 to flat uint8."""
@@ -64,8 +71,7 @@ def encoder(fmt: Format):
         v = cuda.shared.array((1, QK_K), float32)
         codes = cuda.shared.array((1, QK_K), int32)
         i, block = cuda.threadIdx.x, cuda.blockIdx.x
-        for half in range(2):
-            v[0, QR_SIZE * half + i] = x[block * QK_K + QR_SIZE * half + i]
+        load_halves(x, block, v, i)
         cuda.syncthreads()
         norm = ordered_norm(v, 0, QK_K)
         if norm < MIN_NORM:
@@ -119,8 +125,7 @@ def rotator():
     def rotate_blocks(x, matrix, y):
         v = cuda.shared.array((1, QK_K), float32)
         i, block = cuda.threadIdx.x, cuda.blockIdx.x
-        for half in range(2):
-            v[0, QR_SIZE * half + i] = x[block * QK_K + QR_SIZE * half + i]
+        load_halves(x, block, v, i)
         cuda.syncthreads()
         for half in range(2):
             y[block * QK_K + QR_SIZE * half + i] = rotate(matrix, v, half, i)

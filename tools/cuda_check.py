@@ -14,7 +14,7 @@ import numpy as np
 
 import cuda_port
 import tbq
-from tbq.errors import BackendError, InputError
+from tbq.errors import InputError
 
 from . import console
 
@@ -51,11 +51,7 @@ def check(args: argparse.Namespace) -> int:
     """Check and time every format; returns the exit code."""
     if args.rows < 1 or args.rounds < 1:
         raise InputError("--rows, --rounds", f"{args.rows}, {args.rounds}", "at least 1")
-    if not cuda_port.is_available():
-        need = (
-            "no CUDA device or driver; pip install 'tbq-reference[cuda12]' on a machine with a GPU"
-        )
-        raise BackendError("numba.cuda", need)
+    cuda_port.require_device()
     from cuda_port import api
 
     formats = [tbq.get_format(name) for name in args.formats]
