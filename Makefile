@@ -3,27 +3,29 @@ PYTHON ?= python3
 VENV := .venv
 # What to install beside the package: `make test EXTRAS=test,cuda12` compiles the GPU kernels too.
 EXTRAS ?= test
+comma := ,
+INSTALLED := $(VENV)/installed-$(subst $(comma),-,$(EXTRAS))
 BIN := $(VENV)/bin
 
 .PHONY: demo test lint bench clean
 
 # Quantise the bundled data to every registered format and print a table.
-demo: $(VENV)/installed
+demo: $(INSTALLED)
 	$(BIN)/python -m tools.demo
 
 # Lint, then run the test suite.
 test: lint
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/installed
+lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 # Measure this machine; not a test.
-bench: $(VENV)/installed
+bench: $(INSTALLED)
 	$(BIN)/python -m tools.tbq_bench
 
-$(VENV)/installed: pyproject.toml
+$(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo "Python 3.10 or newer is needed, $(PYTHON) is" `$(PYTHON) --version`; \
 	  echo "try: make PYTHON=python3.12 demo"; exit 1; }
