@@ -5,6 +5,8 @@ Importing this package imports NumPy and defines things; Numba is imported when 
 
 from tbq.api import dequantize, dequantize_paired, quantize, quantize_paired
 from tbq.attention import scores, weighted_sum
+from tbq.codec import Codec, Layout
+from tbq.dialect import Dialect, Release
 from tbq.errors import (
     AmbiguousTypeError,
     BackendError,
@@ -13,21 +15,29 @@ from tbq.errors import (
     InputError,
     TbqError,
     UnknownFormatError,
+    ValueOverflowError,
 )
 from tbq.format import Format
 from tbq.registry import dialects, formats, get_format
+from tbq.repacking import counterpart, repack, repackable
 from tbq.rotations import Rotation, rotation
 
 __all__ = [
     "AmbiguousTypeError",
     "BackendError",
+    "Codec",
     "CorruptBlockError",
+    "Dialect",
     "FileFormatError",
     "Format",
     "InputError",
+    "Layout",
+    "Release",
     "Rotation",
     "TbqError",
     "UnknownFormatError",
+    "ValueOverflowError",
+    "counterpart",
     "dequantize",
     "dequantize_paired",
     "dialects",
@@ -35,6 +45,8 @@ __all__ = [
     "get_format",
     "quantize",
     "quantize_paired",
+    "repack",
+    "repackable",
     "rotation",
     "scores",
     "weighted_sum",

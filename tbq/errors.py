@@ -6,7 +6,7 @@ attributes, and says in one line what was given, what was needed and where.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 class TbqError(Exception):
@@ -50,6 +50,23 @@ class CorruptBlockError(TbqError, ValueError):
         self.block = block
         self.reason = reason
         super().__init__(f"block {block} of {fmt}: {reason}")
+
+
+class ValueOverflowError(TbqError, OverflowError):
+    """Finite values would come back as infinite or NaN from the types they were to be written in.
+
+    Attributes:
+        counts: how many, by the name of the tensor.
+    """
+
+    def __init__(self, counts: Mapping[str, int]) -> None:
+        self.counts = dict(counts)
+        listed = ", ".join(f"{n} of {name}" for name, n in [*self.counts.items()][:5])
+        listed += f" and {len(self.counts) - 5} more tensors" if len(self.counts) > 5 else ""
+        super().__init__(
+            f"finite values that become infinite or NaN: {listed}; nothing was written "
+            "(allow_overflow, --allow-overflow: write them all the same)"
+        )
 
 
 class FileFormatError(TbqError, ValueError):

@@ -1,158 +1,186 @@
-"""`Format`: everything that is known about one block format, written once."""
+"""`Format`: what a fork calls a codec."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal
 
 import numpy as np
 
+from tbq.codec import Codec, Layout, RowKernels
 from tbq.errors import InputError
 
-
-def no_anomalies(fmt: Format, blocks: np.ndarray, index: np.ndarray) -> dict[str, np.ndarray]:
-    """For formats in which an encoder writes every combination of bits."""
-    return {}
-
-
-def no_rotation(fmt: Format, x: np.ndarray, blocks: np.ndarray) -> np.ndarray:
-    """For formats that store values as they are given."""
-    return x
-
-
-class Stages(NamedTuple):
-    """What an encoder computes on its way from values to blocks.
-
-    norm: float32 (n,). coordinates: float32 (n, block_values), normalised and rotated, what the
-    choice of codes looks at. scale: float32 (n,), before it is rounded to float16.
-    """
-
-    norm: np.ndarray
-    coordinates: np.ndarray
-    scale: np.ndarray
-
-
-class RowKernels(NamedTuple):
-    """The Numba kernels of one format. They check nothing, allocate nothing and release the GIL.
-
-    quantize(x, packed, first_block): float32 (rows, n) to uint8 (rows, row_bytes).
-    dequantize(packed, y): uint8 (rows, row_bytes) to float32 (rows, n). Returns None, or, for
-        formats with fields that can be out of range, the first block where one is, else -1.
-    levels(packed, y): the same, before the format's own rotation is undone.
-    """
-
-    quantize: Callable[[np.ndarray, np.ndarray, int], None]
-    dequantize: Callable[[np.ndarray, np.ndarray], int | None]
-    levels: Callable[[np.ndarray, np.ndarray], int | None]
+Evidence = Literal["vectors", "read", "gguf-py"]
+EVIDENCE = {
+    "vectors": "equals what the fork's own code wrote, for every vector",
+    "read": "follows the fork's text; nothing of the fork was run",
+    "gguf-py": "gguf-py's arithmetic, not ours",
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Format:
-    """One block format of one dialect.
+    """A dialect's name for a codec.
 
     Attributes:
-        dialect: the code base (and release or backend) whose bytes are meant.
+        dialect: the code base (and backend) whose bytes are meant.
         name: the ggml type name within the dialect.
-        type_id: the ggml type id within the dialect; other dialects reuse the number.
-        block: the block as a NumPy structured dtype, fields in storage order.
-        block_values: values per block.
-        group_values: values that the format's own rotation mixes; 1 if it has none.
+        codec: the codec; where there are several, that of a format without a choice made.
         side: which half of a KV cache the dialect uses it for.
-        domain: "original" if the block decodes to what was given, "rotated" if the caller
-            rotates before and after.
         source: repository, commit and file of the arithmetic.
-        quantize_ref: the specification: (fmt, float32 (n, block_values), block indices (n,)) to
-            `block` (n,).
-        dequantize_ref: the specification: (fmt, `block` (n,)) to float32 (n, block_values).
-        codes: (fmt, `block` (n,)) to the codes in it: {name: (uint8 (n, count), how many codes
-            there can be)}.
-        anomalies: (fmt, `block` (n,), block indices (n,)) to what no encoder of the dialect writes:
-            {description: bool (n,)}.
-        levels_ref: (fmt, `block` (n,)) to float32 (n, block_values): each code's level times the
-            block's scale, before the format's own rotation is undone.
-        rotate_ref, unrotate_ref: (fmt, float32 (n, block_values), `block` (n,)) to the same shape:
-            the format's own rotation and its inverse; the blocks give the signs, where it has any.
-        stages_ref: (fmt, float32 (n, block_values), block indices (n,), their blocks (n,)) to the
-            Stages of encoding them.
-        boundaries: where the encoder's decision between two codes lies among the coordinates,
-            float64 (k,) ascending, or (block_values, k) padded with NaN; None if it has no such.
-        kernels_module: module whose `kernels(fmt)` returns the RowKernels; imported on first use.
-        scales: fields of `block` that hold non-negative float16 scales.
+        release: a release that has this codec under this name, where the newest has another one or
+            none; part of the key then.
+        by_head_dim: other codecs for caches with heads of so many values.
+        by_side: the codecs for K and for V, where they differ.
+        takes_mean: whether channel means can be subtracted before (`quantize(..., mean=)`).
         sibling: key of the format whose blocks lend theirs the codes; None if they stand alone.
-        block_index: what a block's position counts from where it is part of the arithmetic:
-            "none" (it is not), "row", or "tensor" (it runs on through all rows).
+        evidence: what its exactness rests on, a key of EVIDENCE.
         aliases: other names by which the dialect's programs know it.
-        ftype: llama.cpp's file type number (`general.file_type`), None if the dialect has none.
         notes: what a user should know before trusting it.
+        choice: which codec was chosen, such as "head_dim=512"; empty where there is no choice.
     """
 
     dialect: str
     name: str
-    type_id: int
-    block: np.dtype
-    block_values: int
-    group_values: int
+    codec: Codec
     side: Literal["K", "V", "KV"]
-    domain: Literal["original", "rotated"]
     source: str
-    quantize_ref: Callable[[Format, np.ndarray, np.ndarray], np.ndarray]
-    dequantize_ref: Callable[[Format, np.ndarray], np.ndarray]
-    kernels_module: str
-    codes: Callable[[Format, np.ndarray], dict[str, tuple[np.ndarray, int]]]
-    anomalies: Callable[[Format, np.ndarray, np.ndarray], dict[str, np.ndarray]]
-    levels_ref: Callable[[Format, np.ndarray], np.ndarray]
-    rotate_ref: Callable[[Format, np.ndarray, np.ndarray], np.ndarray]
-    unrotate_ref: Callable[[Format, np.ndarray, np.ndarray], np.ndarray]
-    stages_ref: Callable[[Format, np.ndarray, np.ndarray, np.ndarray], Stages]
-    boundaries: np.ndarray | None = None
-    scales: tuple[str, ...] = ("d",)
+    release: str = ""
+    by_head_dim: Mapping[int, Codec] = field(default_factory=dict)
+    by_side: Mapping[str, Codec] = field(default_factory=dict)
+    takes_mean: bool = False
     sibling: str | None = None
-    block_index: Literal["none", "row", "tensor"] = "none"
+    evidence: Evidence = "vectors"
     aliases: tuple[str, ...] = ()
-    ftype: int | None = None
     notes: str = ""
+    choice: str = ""
+
+    # --- names -----------------------------------------------------------------------------------
+
+    @cached_property
+    def key(self) -> str:
+        """The unique name, `dialect:name`, or `dialect@release:name` of an older codec."""
+        return f"{self.dialect}{'@' + self.release if self.release else ''}:{self.name}"
+
+    @cached_property
+    def label(self) -> str:
+        """The key with the choice that was made; the bare name of ggml's own types."""
+        bare = self.name if self.is_ggml else self.key
+        return f"{bare}[{self.choice}]" if self.choice else bare
 
     @property
-    def key(self) -> str:
-        """The unique name, `dialect:name`."""
-        return f"{self.dialect}:{self.name}"
+    def is_ggml(self) -> bool:
+        """Whether it is one of ggml's own types, which every code base has."""
+        return self.dialect in UPSTREAM
+
+    # --- choices ---------------------------------------------------------------------------------
+
+    def at(self, *, head_dim: int | None = None, side: str | None = None) -> Format:
+        """Return the format with its codec for these heads and this side.
+
+        Raises:
+            InputError: a choice is needed and not made, or made and means nothing here.
+        """
+        if head_dim is None and side is None and not (self.by_head_dim or self.by_side):
+            return self
+        if head_dim is not None and not self.by_head_dim:
+            raise InputError("head_dim", str(head_dim), f"none: {self.key} is the same for all")
+        if side is not None and not self.by_side:
+            raise InputError("side", repr(side), f"none: {self.key} is the same for K and V")
+        if self.by_side and side not in self.by_side:
+            need = f"{' or '.join(map(repr, self.by_side))}, for which {self.key} differs"
+            raise InputError("side", repr(side), need)
+        if self.by_head_dim and head_dim is None:
+            widths = ", ".join(map(str, self.by_head_dim))
+            raise InputError("head_dim", "none", f"values per head: {self.key} differs at {widths}")
+        return self._chosen(head_dim, side)
+
+    def fitting(self, *, head_dim: int | None = None, side: str | None = None) -> Format:
+        """As `at`, with what is known of a cache: what means nothing here is left out."""
+        return self.at(
+            head_dim=head_dim if self.by_head_dim else None, side=side if self.by_side else None
+        )
+
+    def _chosen(self, head_dim: int | None, side: str | None) -> Format:
+        if self.by_side:
+            return self._variants[f"side={side}"]
+        if self.by_head_dim:
+            return self._variants[f"head_dim={head_dim}" if head_dim in self.by_head_dim else ""]
+        return self
+
+    @cached_property
+    def _variants(self) -> dict[str, Format]:
+        if self.choice or not (self.by_side or self.by_head_dim):
+            return {"": self}
+        if self.by_side:
+            return {
+                f"side={s}": replace(self, codec=c, by_side={}, side=s, choice=f"side={s}")
+                for s, c in self.by_side.items()
+            }
+        found = {"": replace(self, by_head_dim={}, choice="head_dim=other")}
+        for n, c in self.by_head_dim.items():
+            found[f"head_dim={n}"] = replace(self, codec=c, by_head_dim={}, choice=f"head_dim={n}")
+        return found
+
+    def variants(self) -> Iterator[Format]:
+        """Yield the format with every choice that can be made; itself if there is none."""
+        yield from self._variants.values()
+
+    # --- the codec's -----------------------------------------------------------------------------
+
+    @property
+    def layout(self) -> Layout:
+        """The stored block: dtype and what its fields are for."""
+        return self.codec.layout
+
+    @property
+    def block(self) -> np.dtype:
+        """The block as a NumPy structured dtype, with what a file has once in front of a row."""
+        return self.codec.layout.dtype
+
+    @property
+    def block_values(self) -> int:
+        """Values per block."""
+        return self.codec.block_values
+
+    @property
+    def group_values(self) -> int:
+        """Values that are encoded together."""
+        return self.codec.group_values
 
     @property
     def block_bytes(self) -> int:
         """Bytes per block."""
-        return self.block.itemsize
+        return self.codec.block_bytes
 
     @property
     def bpw(self) -> float:
-        """Bits per value."""
+        """Bits per value, without what stands in front of rows."""
         return 8 * self.block_bytes / self.block_values
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether values share blocks; false for floats and integers."""
+        return self.block_values > 1
+
     def row_bytes(self, n: int) -> int:
-        """Return the packed size of a row of n values; InputError if blocks do not divide it."""
-        if n <= 0 or n % self.block_values:
-            need = f"a positive multiple of {self.block_values} values for {self.key}"
-            raise InputError("row length", f"{n} values", need)
-        return n // self.block_values * self.block_bytes
+        """Return the packed size of a row of n values; InputError if groups do not divide it."""
+        return self.codec.row_bytes(n, self.label)
 
     def row_values(self, n_bytes: int) -> int:
-        """Return the number of values in a packed row; InputError if blocks do not divide it."""
-        if n_bytes <= 0 or n_bytes % self.block_bytes:
-            need = f"a positive multiple of {self.block_bytes} bytes for {self.key}"
-            raise InputError("packed row length", f"{n_bytes} bytes", need)
-        return n_bytes // self.block_bytes * self.block_values
+        """Return the values in a packed row; InputError if groups do not divide it."""
+        return self.codec.row_values(n_bytes, self.label)
 
-    def block_indices(self, rows: int, row_blocks: int, first_block: int = 0) -> np.ndarray:
-        """Return the index of each block of an array of rows, as the specification takes it."""
-        flat = np.arange(rows * row_blocks)
-        return first_block + flat if self.block_index == "tensor" else flat % row_blocks
-
-    @cache  # noqa: B019 - formats live as long as the process
     def kernels(self) -> RowKernels:
-        """Return the Numba kernels; the first call imports Numba."""
-        return importlib.import_module(self.kernels_module).kernels(self)
+        """Return the kernels; the first call imports Numba."""
+        return self.codec.kernels
 
     def __repr__(self) -> str:
-        return f"<Format {self.key}>"
+        return f"<Format {self.label}>"
+
+
+# The dialect of ggml's own types, which every fork has.
+GGML = "ggml"
+UPSTREAM = frozenset({GGML})

@@ -39,6 +39,37 @@ def ordered_sum(terms: np.ndarray) -> np.ndarray:
     return total
 
 
+def tree_sum(terms: np.ndarray) -> np.ndarray:
+    """Sum float32 over the last axis as a CUDA block does in shared memory.
+
+    Slot i takes slot i + h, for h = n/2, n/4, ... 1; n is a power of two.
+    """
+    while terms.shape[-1] > 1:
+        half = terms.shape[-1] // 2
+        terms = terms[..., :half] + terms[..., half:]
+    return terms[..., 0]
+
+
+def warps_sum(terms: np.ndarray) -> np.ndarray:
+    """Sum float32 over the last axis as CUDA warps do: 32 terms as a tree, then those in order."""
+    return ordered_sum(tree_sum(terms.reshape(*terms.shape[:-1], -1, 32)))
+
+
+# The orders in which forks add: one thread, a block's shared memory, warps that shuffle.
+SUMS = {"ordered": ordered_sum, "tree": tree_sum, "warps": warps_sum}
+
+
+def other_sums(total: str) -> tuple[str, ...]:
+    """Return the orders that kernels mistake this one for: one thread's and several threads'."""
+    return ("tree", "warps") if total == "ordered" else ("ordered",)
+
+
+def word_signs(words: tuple[int, ...]) -> np.ndarray:
+    """Return the signs in 32-bit words, low bit first, as float32; a set bit is -1."""
+    bits = np.unpackbits(np.array(words, "<u4").view(np.uint8), bitorder="little")
+    return np.where(bits == 1, np.float32(-1), np.float32(1))
+
+
 def splitmix64(seed: int):
     """Yield the 64-bit outputs of splitmix64 started at `seed`."""
     state = seed

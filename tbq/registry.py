@@ -1,54 +1,126 @@
-"""The registry: every format of every family, in a fixed order.
+"""The registry: every dialect, its releases and its formats, in a fixed order.
 
-To add a format, add one entry to a family module; to add a family, add its module to `FAMILIES`.
-Reader, writer, programs, tests, documentation and benchmarks all iterate `formats()`.
+Dialects are found by name: each module of `tbq.dialects` has some in `DIALECTS`. Reader, writer,
+programs, tests, documentation and benchmarks all iterate what is here.
 """
 
 from __future__ import annotations
 
 import difflib
+import importlib
+import pkgutil
+import threading
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
 
+from tbq import dialects as _package
+from tbq.dialect import Dialect
 from tbq.errors import AmbiguousTypeError, UnknownFormatError
-from tbq.families import ktq, pr21089, trellis, vtq
-from tbq.format import Format
+from tbq.format import GGML, Format
 
-FAMILIES = (pr21089, ktq, vtq, trellis)
-
-# A bare name that several dialects use means the first of these that has it.
-DEFAULT_DIALECTS = ("pr21089", "llama-tq")
-
-# A dialect that shares all layouts and ids with another and differs in arithmetic only: no file
-# can tell them apart, so the other is meant unless the caller says otherwise.
-BACKEND_OF = {"llama-tq-cuda": "llama-tq"}
+_DIALECTS: dict[str, Dialect] = {}
+_loading = threading.RLock()
 
 
-def _index(families) -> dict[str, Format]:
-    index: dict[str, Format] = {}
-    for family in families:
-        for fmt in family.FORMATS:
-            if fmt.key in index:
-                raise AssertionError(f"{fmt.key} is registered twice")
-            index[fmt.key] = fmt
-    return index
+def _registered() -> dict[str, Dialect]:
+    """Return every dialect by name; the first call imports those of `tbq.dialects`.
+
+    Importing `tbq` would take a fifth longer with all families.
+    """
+    if not _DIALECTS:
+        with _loading:
+            if not _DIALECTS:
+                found: dict[str, Dialect] = {}
+                for dialect in _discover():
+                    _add(dialect, found)
+                _DIALECTS.update(found)
+    return _DIALECTS
 
 
-_FORMATS = _index(FAMILIES)
+def _add(dialect: Dialect, known: dict[str, Dialect]) -> None:
+    if dialect.name in known:
+        raise ValueError(f"dialect {dialect.name} is registered twice")
+    keys = [fmt.key for fmt in dialect.formats]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"{dialect.name} has two formats of one key: {sorted(keys)}")
+    known[dialect.name] = dialect
 
 
-def formats() -> tuple[Format, ...]:
-    """Return every registered format, in registry order."""
-    return tuple(_FORMATS.values())
+def register(dialect: Dialect) -> None:
+    """Add a dialect; ValueError if its name or the key of a format of it is taken."""
+    _add(dialect, _registered())
+    _forget()
+
+
+def unregister(name: str) -> None:
+    """Take a dialect out again."""
+    del _registered()[name]
+    _forget()
+
+
+def _forget() -> None:
+    for cached in (all_formats, _by_name, meanings):
+        cached.cache_clear()
+
+
+# --- what there is -------------------------------------------------------------------------------
 
 
 def dialects() -> tuple[str, ...]:
-    """Return every registered dialect, in registry order."""
-    return tuple(dict.fromkeys(fmt.dialect for fmt in formats()))
+    """Return the name of every registered dialect, in registry order."""
+    return tuple(_registered())
+
+
+def get_dialect(name: str) -> Dialect:
+    """Return a dialect by name; case does not matter.
+
+    Raises:
+        UnknownFormatError: it is not registered.
+    """
+    found = _registered().get(name.strip().lower())
+    if found is None:
+        raise UnknownFormatError(name, dialects(), "tbq.dialects()")
+    return found
+
+
+def split_dialect(text: str) -> tuple[Dialect, str | None]:
+    """Return the dialect and the release of `dialect` or `dialect@release`.
+
+    Raises:
+        UnknownFormatError: one of them is not registered.
+    """
+    name, _, release = text.partition("@")
+    found = get_dialect(name)
+    return found, found.release(release.strip().lower()).name if release else None
+
+
+@cache
+def all_formats() -> tuple[Format, ...]:
+    """Return every format of every dialect, those of other libraries' arithmetic among them."""
+    return tuple(fmt for dialect in _registered().values() for fmt in dialect.formats)
+
+
+def formats() -> tuple[Format, ...]:
+    """Return every format whose arithmetic is ours, in registry order."""
+    return tuple(fmt for fmt in all_formats() if fmt.evidence != "gguf-py")
+
+
+def families() -> tuple[ModuleType, ...]:
+    """Return the modules with the specifications of all formats, in registry order."""
+    names = dict.fromkeys(type(fmt.codec).__module__ for fmt in all_formats())
+    return tuple(importlib.import_module(name) for name in names)
+
+
+# --- names ---------------------------------------------------------------------------------------
 
 
 def get_format(name: str | Format) -> Format:
     """Return the format called `name`: a key (`pr21089:tbq3_0`), a bare name or an alias.
 
-    Case does not matter. A bare name used by several dialects means the default dialect's.
+    Case does not matter. `dialect@release:name` is what that release calls so; without a release
+    the newest that has the name is meant. A bare name used by several dialects means the default
+    dialect's.
 
     >>> get_format("TBQ3_0").key
     'pr21089:tbq3_0'
@@ -57,29 +129,109 @@ def get_format(name: str | Format) -> Format:
         UnknownFormatError: nothing has that name; `.near` holds close ones.
         AmbiguousTypeError: several dialects have it and none of them is a default.
     """
-    if isinstance(name, Format):
-        return name
-    wanted = str(name).strip().lower()
-    dialect, colon, bare = wanted.rpartition(":")
-    found = [
-        fmt
-        for fmt in formats()
-        if bare in (fmt.name, *fmt.aliases) and (not colon or fmt.dialect == dialect)
-    ]
+    return name if isinstance(name, Format) else _by_name(str(name))
+
+
+@cache
+def _by_name(name: str) -> Format:
+    wanted = name.strip().lower()
+    place, colon, bare = wanted.rpartition(":")
+    if colon:
+        base, _, release = place.partition("@")
+        dialect = _registered().get(base)
+        if dialect is None:
+            raise UnknownFormatError(wanted, near_misses(wanted))
+        found = list(dialect.named(bare, dialect.release(release).name if release else None))
+    else:
+        found = [fmt for dialect in _registered().values() for fmt in dialect.named(bare)]
     if not found:
         raise UnknownFormatError(wanted, near_misses(wanted))
     if len(found) == 1:
         return found[0]
-    for default in DEFAULT_DIALECTS:
-        for fmt in found:
-            if fmt.dialect == default:
-                return fmt
-    raise AmbiguousTypeError(wanted, [fmt.key for fmt in found], "name one of these in full")
+    meant = _preferred(found)
+    if meant is None:
+        raise AmbiguousTypeError(wanted, [fmt.key for fmt in found], "name one of these in full")
+    return meant
 
 
-def near_misses(wanted: str, others: tuple[str, ...] = ()) -> list[str]:
-    """Return up to three names like `wanted`, from the registry and from `others`."""
-    names = {*others}
-    for fmt in formats():
-        names.update((fmt.key, fmt.name, *fmt.aliases))
+def _preferred(found: list[Format]) -> Format | None:
+    """Return which of several formats of one bare name is meant; None if that cannot be told."""
+    ranked = [fmt for fmt in found if get_dialect(fmt.dialect).precedence is not None]
+    if ranked:
+        return min(ranked, key=lambda fmt: get_dialect(fmt.dialect).precedence)
+    places = {fmt.dialect for fmt in found}
+    own = [fmt for fmt in found if get_dialect(fmt.dialect).backend_of not in places]
+    return own[0] if len(own) == 1 else None
+
+
+def near_misses(wanted: str, accept: Callable[[Format], bool] = lambda fmt: True) -> list[str]:
+    """Return up to three registered names like `wanted`, of formats that are accepted."""
+    bare: dict[str, list[Format]] = {}
+    names: set[str] = set()
+    for fmt in filter(accept, all_formats()):
+        names.add(fmt.label)
+        for name in (fmt.name, *fmt.aliases):
+            bare.setdefault(name, []).append(fmt)
+    names |= {name for name, own in bare.items() if len(own) == 1 or _preferred(own)}
     return difflib.get_close_matches(wanted, sorted(names), n=3, cutoff=0.6)
+
+
+# --- ids -----------------------------------------------------------------------------------------
+
+
+@cache
+def meanings(type_id: int) -> tuple[tuple[str, str, Format], ...]:
+    """Return what a ggml type id means where: (dialect, release, format), newest releases first."""
+    return tuple(
+        (dialect.name, release.name, release.types[type_id])
+        for dialect in _registered().values()
+        for release in dialect.releases
+        if type_id in release.types
+    )
+
+
+def meaning(type_id: int, dialect: str | None, release: str | None = None) -> Format | None:
+    """Return what a type id means in a release of a dialect; None if that is not known.
+
+    Without a dialect it is what ggml means; without a release, what the newest means that has it.
+    """
+    ours = get_dialect(GGML).releases[0].types.get(type_id)
+    if dialect is None:
+        return ours
+    chosen = get_dialect(dialect)
+    releases = chosen.releases if release is None else (chosen.release(release),)
+    for candidate in releases:
+        if type_id in candidate.types:
+            return candidate.types[type_id]
+    return ours if type_id <= releases[0].upstream else None
+
+
+def type_id(fmt: Format, dialect: str | None = None, release: str | None = None) -> int:
+    """Return the ggml type id that a release of a dialect gives a format.
+
+    Without a dialect it is the format's own; without a release, the newest that lists it.
+
+    Raises:
+        InputError: it has none there.
+    """
+    chosen = get_dialect(dialect or fmt.dialect)
+    if fmt.is_ggml and not chosen.owns(fmt):
+        listed = chosen.releases[0] if release is None else chosen.release(release)
+        for number, other in listed.types.items():
+            if other is fmt:
+                return number
+        number = get_dialect(GGML).type_id(fmt)
+        if number <= listed.upstream:
+            return number
+    return chosen.type_id(fmt, release)
+
+
+def _discover() -> list[Dialect]:
+    names = [module.name for module in pkgutil.iter_modules(_package.__path__)]
+    found = [
+        dialect
+        for name in names
+        for dialect in importlib.import_module(f"{_package.__name__}.{name}").DIALECTS
+    ]
+    last = 1 + max((d.precedence or 0) for d in found)
+    return sorted(found, key=lambda d: last if d.precedence is None else d.precedence)

@@ -40,30 +40,23 @@ Source
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from typing import ClassVar, Literal
+
 import numpy as np
 
 from tbq.bitpack import pack, unpack
-from tbq.format import Format, Stages, no_rotation
-from tbq.numerics import fnv1a, fp16_bits, fwht, ordered_sum, philox6, symmetric
+from tbq.codec import Codec, Layout, Position, Stages
+from tbq.families import codebooks
+from tbq.numerics import fnv1a, fp16_bits, fwht, ordered_sum, philox6
 
 QK = 32
 SCALE = np.float32(1.0) / np.sqrt(np.float32(32.0))
 TINY = np.float32(1e-30)
-CUDA = "llama-tq-cuda"
 
-
-# source: ggml-quants.c at 0f57a4ee6; decimals as written there
-CODEBOOKS = {
-    1: symmetric(0.797885),
-    2: symmetric(0.451428, 1.489560),
-    3: symmetric(0.242405, 0.745325, 1.314996, 2.071926),
-    4: symmetric(0.128395, 0.388048, 0.656759, 0.942340, 1.256231, 1.618046, 2.069017, 2.732590),
-}
-
-
-def code_bits(fmt: Format) -> int:
-    """Return the bits per code, 1 to 4."""
-    return fmt.block["qs"].itemsize * 8 // QK
+CODEBOOKS = codebooks.KEYS
 
 
 def block_seed(index: np.ndarray) -> np.ndarray:
@@ -74,6 +67,13 @@ def block_seed(index: np.ndarray) -> np.ndarray:
 def sign_bits(seed: np.ndarray) -> np.ndarray:
     """Return the sign bits (n, 32) of seeds (n,); 1 means +1."""
     return (philox6(np.arange(QK), np.asarray(seed)[:, None]) & np.uint64(1)).astype(np.uint8)
+
+
+@cache
+def sign_words() -> np.ndarray:
+    """Return the 32 sign bits of each of the 65536 seeds, int32."""
+    parts = np.array_split(np.arange(1 << 16), 16)  # keeps the temporaries small
+    return np.concatenate([pack(sign_bits(part), 1).view("<i4")[:, 0] for part in parts])
 
 
 def nearest(r: np.ndarray, centroids: np.ndarray) -> np.ndarray:
@@ -94,23 +94,10 @@ def exact_scale(norm: np.ndarray, reconstructed: np.ndarray) -> np.ndarray:
     return np.where((rn > TINY) & ~(norm < TINY), norm / rn, norm)
 
 
-def corrected_scale(norm: np.ndarray, reconstructed: np.ndarray) -> np.ndarray:
-    """Return the float16 bits of `exact_scale`."""
-    return fp16_bits(exact_scale(norm, reconstructed))
-
-
 def midpoints(bits: int, centroids: np.ndarray) -> np.ndarray:
     """Return where the choice between neighbouring centroids lies, float64."""
     table = (centroids * SCALE).astype(np.float64)
     return np.zeros(1) if bits == 1 else (table[1:] + table[:-1]) / 2
-
-
-def _choose(fmt: Format, r: np.ndarray, seed: np.ndarray) -> np.ndarray:
-    bits = code_bits(fmt)
-    centroids = CODEBOOKS[bits] * SCALE
-    if fmt.dialect == CUDA:
-        return _stochastic(r, seed, centroids)
-    return (r >= 0).astype(np.uint8) if bits == 1 else nearest(r, centroids)
 
 
 def _stochastic(r: np.ndarray, seed: np.ndarray, centroids: np.ndarray) -> np.ndarray:
@@ -128,207 +115,210 @@ def _stochastic(r: np.ndarray, seed: np.ndarray, centroids: np.ndarray) -> np.nd
     return np.where((total > TINY) & (u >= b2 / total), second, first).astype(np.uint8)
 
 
-def coordinates(x: np.ndarray, sign: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the norms of float32 (n, 32) and its normalised, signed, transformed values."""
+def normalised(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the norms of float32 (n, 32) and its values over them."""
     with np.errstate(all="ignore"):
         norm = np.sqrt(ordered_sum(x * x))
-        h = x * (np.float32(1) / norm)[:, None]
-        return norm, fwht(h * sign) * SCALE
+        return norm, x * (np.float32(1) / norm)[:, None]
 
 
-def stages_ref(fmt: Format, x: np.ndarray, index: np.ndarray, blocks: np.ndarray) -> Stages:
-    """Return what encoding float32 (n, 32) at block indices (n,) to blocks (n,) computes."""
-    sign = np.where(sign_bits(block_seed(index)) == 1, np.float32(1), np.float32(-1))
-    norm, r = coordinates(x, sign)
-    with np.errstate(all="ignore"):
-        return Stages(norm, r, exact_scale(norm, unscaled(blocks, code_bits(fmt))))
-
-
-def quantize_ref(fmt: Format, x: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Quantise float32 (n, 32) at block indices (n,) to blocks (n,)."""
-    blocks = np.zeros(len(x), fmt.block)
-    seed = block_seed(index)
-    bits = sign_bits(seed)
-    sign = np.where(bits == 1, np.float32(1), np.float32(-1))
-    norm, r = coordinates(x, sign)
-    with np.errstate(all="ignore"):
-        codes = _choose(fmt, r, seed)
-        g = fwht(CODEBOOKS[code_bits(fmt)][codes] * SCALE) * SCALE * sign
-        live = ~(norm < TINY)
-        blocks["qs"][live] = pack(codes, code_bits(fmt))[live]
-        blocks["sb"][live] = pack(bits, 1)[live]
-        d = np.where(live, corrected_scale(norm, g), fp16_bits(norm))
-    blocks["d"] = d.view(np.float16)
-    return blocks
-
-
-def dequantize_ref(fmt: Format, blocks: np.ndarray) -> np.ndarray:
-    """Dequantise blocks (n,) to float32 (n, 32)."""
-    with np.errstate(all="ignore"):
-        d = blocks["d"].astype(np.float32)[:, None]
-        return np.where(
-            d < TINY, np.float32(0), unscaled(blocks, code_bits(fmt), plus_bit(fmt)) * d
-        )
-
-
-def plus_bit(fmt: Format) -> int:
-    """Return which value of a sign bit the dialect's decoders read as +1."""
-    return 0 if fmt.dialect == CUDA else 1
-
-
-def block_signs(fmt: Format, blocks: np.ndarray) -> np.ndarray:
-    """Return the signs (n, 32) with which blocks (n,) are decoded."""
-    plus = unpack(blocks["sb"], 1) == plus_bit(fmt)
+def stored_signs(blocks: np.ndarray, plus_bit: int) -> np.ndarray:
+    """Return the signs (n, 32) of blocks (n,), +1 where the bit is plus_bit."""
+    plus = unpack(blocks["sb"], 1) == plus_bit
     return np.where(plus, np.float32(1), np.float32(-1))
 
 
-def levels_ref(fmt: Format, blocks: np.ndarray) -> np.ndarray:
-    """Return the scaled levels of blocks (n,), float32 (n, 32), still rotated."""
-    bits = code_bits(fmt)
-    with np.errstate(all="ignore"):
-        d = blocks["d"].astype(np.float32)[:, None]
-        r = CODEBOOKS[bits][unpack(blocks["qs"], bits)] * SCALE
-        return np.where(d < TINY, np.float32(0), r * d)
+def _unit(codes: np.ndarray, table: np.ndarray, sign: np.ndarray) -> np.ndarray:
+    """Return what codes (n, 32) under signs (n, 32) decode to before scaling."""
+    return fwht(table[codes] * SCALE) * SCALE * sign
 
 
-def rotate_ref(fmt: Format, x: np.ndarray, blocks: np.ndarray) -> np.ndarray:
-    """Give float32 (n, 32) the signs of blocks (n,), then transform."""
-    return fwht(x * block_signs(fmt, blocks)) * SCALE
+@dataclass(frozen=True)
+class SignedBlocks(Codec):
+    """ktq1_1 ... ktq4_1.
+
+    Attributes:
+        bits: per code, 1 to 4.
+        draw: whether the code is the nearest centroid's or drawn between the two nearest.
+        plus_bit: which value of a sign bit the decoder reads as +1; the encoder writes 1.
+        position: what the block index counts, "row" or "tensor".
+        corrected: whether the scale restores the norm; always, but in kernels that are wrong.
+        width, signed, signs_after: likewise how many values are mixed (1: none), whether signs come
+            with the transform, and whether they come after it (False is right).
+        codebook: likewise whose table it is.
+    """
+
+    bits: int
+    draw: Literal["nearest", "stochastic"] = "nearest"
+    plus_bit: int = 1
+    position: Position = "row"
+    corrected: bool = True
+    width: int = QK
+    signed: bool = True
+    signs_after: bool = False
+    codebook: str = "keys"
+
+    block_values: ClassVar[int] = QK
+    group_values: ClassVar[int] = QK
+    rotation_values: ClassVar[int] = QK
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Scale, codes, sign bits."""
+        fields = [("d", "<f2"), ("qs", "u1", 4 * self.bits), ("sb", "u1", 4)]
+        return Layout(np.dtype(fields), signs="sb")
+
+    @property
+    def _table(self) -> np.ndarray:
+        return codebooks.TABLES[self.codebook][self.bits]
+
+    @property
+    def boundaries(self) -> dict[str, np.ndarray]:
+        """Midpoints of the centroids; none where chance decides."""
+        if self.draw == "stochastic":
+            return {}
+        return {"codes": midpoints(self.bits, self._table)}
+
+    def quantize(self, x: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Quantise float32 (n, 32) at block indices (n,) to blocks (n,)."""
+        blocks = np.zeros(len(x), self.layout.dtype)
+        seed = block_seed(index)
+        bits = sign_bits(seed)
+        sign = np.where(bits == 1, np.float32(1), np.float32(-1))
+        norm, h = normalised(x)
+        with np.errstate(all="ignore"):
+            codes = self._choose(self._transform(h, sign), seed)
+            g = _unit(codes, self._table, sign)
+            live = ~(norm < TINY)
+            blocks["qs"][live] = pack(codes, self.bits)[live]
+            blocks["sb"][live] = pack(bits, 1)[live]
+            scale = exact_scale(norm, g) if self.corrected else norm
+            blocks["d"] = fp16_bits(np.where(live, scale, norm)).view(np.float16)
+        return blocks
+
+    def stages(self, x: np.ndarray, index: np.ndarray, blocks: np.ndarray) -> Stages:
+        """Return norm, coordinates and scale of float32 (n, 32) at block indices (n,)."""
+        sign = np.where(sign_bits(block_seed(index)) == 1, np.float32(1), np.float32(-1))
+        norm, h = normalised(x)
+        with np.errstate(all="ignore"):
+            g = _unit(unpack(blocks["qs"], self.bits), self._table, stored_signs(blocks, 1))
+            return Stages(norm, {"codes": self._transform(h, sign)}, {"d": exact_scale(norm, g)})
+
+    def _choose(self, r: np.ndarray, seed: np.ndarray) -> np.ndarray:
+        centroids = self._table * SCALE
+        if self.draw == "stochastic":
+            return _stochastic(r, seed, centroids)
+        return (r >= 0).astype(np.uint8) if self.bits == 1 else nearest(r, centroids)
+
+    def dequantize(self, blocks: np.ndarray) -> np.ndarray:
+        """Dequantise blocks (n,) to float32 (n, 32)."""
+        with np.errstate(all="ignore"):
+            d = blocks["d"].astype(np.float32)[:, None]
+            levels = self._table[unpack(blocks["qs"], self.bits)] * SCALE
+            return np.where(d < TINY, np.float32(0), self.unrotate(levels, blocks) * d)
+
+    def levels(self, blocks: np.ndarray) -> np.ndarray:
+        """Return the scaled levels of blocks (n,), float32 (n, 32), still rotated."""
+        with np.errstate(all="ignore"):
+            d = blocks["d"].astype(np.float32)[:, None]
+            r = self._table[unpack(blocks["qs"], self.bits)] * SCALE
+            return np.where(d < TINY, np.float32(0), r * d)
+
+    def rotate(self, x: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+        """Give float32 (n, 32) the signs of blocks (n,), then transform."""
+        return self._transform(x, stored_signs(blocks, self.plus_bit))
+
+    def unrotate(self, x: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+        """Transform float32 (n, 32), then give it the signs of blocks (n,)."""
+        sign = stored_signs(blocks, self.plus_bit) if self.signed else np.float32(1)
+        if self.width == 1:
+            return x
+        return self._mix(x * sign) if self.signs_after else self._mix(x) * sign
+
+    def _transform(self, x: np.ndarray, sign: np.ndarray) -> np.ndarray:
+        sign = sign if self.signed else np.float32(1)
+        if self.width == 1:
+            return x
+        return self._mix(x) * sign if self.signs_after else self._mix(x * sign)
+
+    def _mix(self, x: np.ndarray) -> np.ndarray:
+        scale = SCALE if self.width == QK else np.float32(self.width**-0.5)
+        return fwht(x.reshape(len(x), -1, self.width)).reshape(x.shape) * scale
+
+    def codes(self, blocks: np.ndarray) -> dict[str, tuple[np.ndarray, int]]:
+        """Return the codes of blocks (n,)."""
+        return {"codes": (unpack(blocks["qs"], self.bits), 1 << self.bits)}
+
+    def anomalies(self, blocks: np.ndarray, index: np.ndarray) -> dict[str, np.ndarray]:
+        """Find blocks (n,) whose signs are not those that their indices (n,) seed."""
+        expected = pack(sign_bits(block_seed(index)), 1)
+        live = blocks["sb"].any(axis=-1) | blocks["qs"].any(axis=-1)  # a zero block has neither
+        wrong = live & (blocks["sb"] != expected).any(axis=-1)
+        return {"signs that do not match their seed": wrong}
+
+    def mutants(self) -> Iterator[tuple[str, str, Codec]]:
+        """Kernels without transform, signs or correction, with other signs or another table."""
+        yield "not rotated", "", replace(self, width=1)
+        yield "rotated in halves", "16 values", replace(self, width=QK // 2)
+        yield "sign diagonal missing", "stored all the same", replace(self, signed=False)
+        yield "sign diagonal on the wrong side", "", replace(self, signs_after=True)
+        yield "norm not corrected", "", replace(self, corrected=False)
+        for name in codebooks.others(self.codebook, self.bits):
+            yield "another codebook", name, replace(self, codebook=name)
 
 
-def unrotate_ref(fmt: Format, x: np.ndarray, blocks: np.ndarray) -> np.ndarray:
-    """Transform float32 (n, 32), then give it the signs of blocks (n,)."""
-    return fwht(x) * SCALE * block_signs(fmt, blocks)
+@dataclass(frozen=True)
+class BorrowedCodes(Codec):
+    """xktq2_1: scales under which the codes of a sibling block are decoded.
 
+    Alone it encodes norms and decodes to zeros, as C does.
 
-def unscaled(blocks: np.ndarray, bits: int = 2, plus: int = 1) -> np.ndarray:
-    """Return what codes and signs of ktq blocks (n,) decode to before scaling, (n, 32)."""
-    sign = np.where(unpack(blocks["sb"], 1) == plus, np.float32(1), np.float32(-1))
-    return fwht(CODEBOOKS[bits][unpack(blocks["qs"], bits)] * SCALE) * SCALE * sign
+    Attributes:
+        lender: the codec of the sibling.
+    """
 
+    lender: SignedBlocks = SignedBlocks(2)
 
-def quantize_paired_ref(fmt: Format, x: np.ndarray, sibling: np.ndarray) -> np.ndarray:
-    """Quantise float32 (n, 32) beside ktq2_1 blocks (n,) to xktq2_1 blocks (n,)."""
-    blocks = np.zeros(len(x), fmt.block)
-    with np.errstate(all="ignore"):
-        norm = np.sqrt(ordered_sum(x * x))
-        corrected = corrected_scale(norm, unscaled(sibling))
-        d = np.where(norm < TINY, fp16_bits(norm), corrected)
-    blocks["d"] = d.view(np.float16)
-    return blocks
-
-
-def dequantize_paired_ref(fmt: Format, blocks: np.ndarray, sibling: np.ndarray) -> np.ndarray:
-    """Dequantise xktq2_1 blocks (n,) beside their ktq2_1 blocks (n,) to float32 (n, 32)."""
-    with np.errstate(all="ignore"):
-        d = blocks["d"].astype(np.float32)[:, None]
-        return np.where(d < TINY, np.float32(0), unscaled(sibling) * d)
-
-
-def codes(fmt: Format, blocks: np.ndarray) -> dict[str, tuple[np.ndarray, int]]:
-    """Return the codes of ktq blocks (n,)."""
-    bits = code_bits(fmt)
-    return {"codes": (unpack(blocks["qs"], bits), 1 << bits)}
-
-
-def anomalies(fmt: Format, blocks: np.ndarray, index: np.ndarray) -> dict[str, np.ndarray]:
-    """Find ktq blocks (n,) whose signs are not those that their indices (n,) seed."""
-    expected = pack(sign_bits(block_seed(index)), 1)
-    live = blocks["sb"].any(axis=-1) | blocks["qs"].any(axis=-1)  # a zero block has neither
-    return {"signs that do not match their seed": live & (blocks["sb"] != expected).any(axis=-1)}
-
-
-def padding(fmt: Format, blocks: np.ndarray, index: np.ndarray) -> dict[str, np.ndarray]:
-    """Find blocks (n,) whose padding is not zero."""
-    return {"padding that is not zero": blocks["pad"].any(axis=-1)}
-
-
-def _no_codes(fmt: Format, blocks: np.ndarray) -> dict[str, tuple[np.ndarray, int]]:
-    return {}
-
-
-def _quantize_alone(fmt: Format, x: np.ndarray, index: np.ndarray) -> np.ndarray:
-    blocks = np.zeros(len(x), fmt.block)
-    with np.errstate(all="ignore"):
-        blocks["d"] = fp16_bits(np.sqrt(ordered_sum(x * x))).view(np.float16)
-    return blocks
-
-
-def _stages_alone(fmt: Format, x: np.ndarray, index: np.ndarray, blocks: np.ndarray) -> Stages:
-    with np.errstate(all="ignore"):
-        norm = np.sqrt(ordered_sum(x * x))
-    return Stages(norm, np.zeros_like(x), norm)
-
-
-def _dequantize_alone(fmt: Format, blocks: np.ndarray) -> np.ndarray:
-    return np.zeros((len(blocks), QK), np.float32)
-
-
-def _format(dialect: str, bits: int, type_id: int) -> Format:
-    cuda = dialect == CUDA
-    notes = (
-        "Decodes to the negative of what was encoded: the CUDA code reads its sign bits inverted."
-        if cuda
-        else "A norm above 65504 decodes to infinity or NaN. Cache rows are Hadamard-rotated first."
+    block_values: ClassVar[int] = QK
+    group_values: ClassVar[int] = QK
+    borrows: ClassVar[bool] = True
+    layout: ClassVar[Layout] = Layout(
+        np.dtype([("d", "<f2"), ("pad", "u1", 6)]), codes=(), padding=("pad",)
     )
-    return Format(
-        dialect=dialect,
-        name=f"ktq{bits}_1",
-        type_id=type_id,
-        block=np.dtype([("d", "<f2"), ("qs", "u1", 4 * bits), ("sb", "u1", 4)]),
-        block_values=QK,
-        group_values=QK,
-        side="K",
-        domain="original",
-        source="LL4nc33/llama-tq @ 0f57a4ee6: ggml/src/"
-        + ("ggml-cuda/turboquant.cuh" if cuda else "ggml-quants.c"),
-        quantize_ref=quantize_ref,
-        dequantize_ref=dequantize_ref,
-        kernels_module="tbq.kernels.ktq",
-        codes=codes,
-        anomalies=anomalies,
-        levels_ref=levels_ref,
-        rotate_ref=rotate_ref,
-        unrotate_ref=unrotate_ref,
-        stages_ref=stages_ref,
-        boundaries=None if cuda else midpoints(bits, CODEBOOKS[bits]),
-        block_index="tensor" if cuda else "row",
-        aliases=() if cuda else (f"ktq{bits}",),
-        notes=notes,
-    )
 
+    def quantize(self, x: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Quantise float32 (n, 32) to blocks (n,) alone: the norms."""
+        blocks = np.zeros(len(x), self.layout.dtype)
+        with np.errstate(all="ignore"):
+            blocks["d"] = fp16_bits(np.sqrt(ordered_sum(x * x))).view(np.float16)
+        return blocks
 
-XKTQ2_1 = Format(
-    dialect="llama-tq",
-    name="xktq2_1",
-    type_id=57,
-    block=np.dtype([("d", "<f2"), ("pad", "u1", 6)]),
-    block_values=QK,
-    group_values=QK,
-    side="K",
-    domain="original",
-    source="LL4nc33/llama-tq @ 0f57a4ee6: ggml/src/ggml-quants.c",
-    quantize_ref=_quantize_alone,
-    dequantize_ref=_dequantize_alone,
-    kernels_module="tbq.kernels.xktq",
-    codes=_no_codes,
-    anomalies=padding,
-    levels_ref=_dequantize_alone,
-    rotate_ref=no_rotation,
-    unrotate_ref=no_rotation,
-    stages_ref=_stages_alone,
-    sibling="llama-tq:ktq2_1",
-    notes="Holds scales only; without a sibling ktq2_1 row it decodes to zeros, by design.",
-)
+    def dequantize(self, blocks: np.ndarray) -> np.ndarray:
+        """Return zeros, float32 (n, 32): alone there are no codes."""
+        return np.zeros((len(blocks), QK), np.float32)
 
-FORMATS = (
-    _format("llama-tq", bits=1, type_id=45),
-    _format("llama-tq", bits=2, type_id=42),
-    _format("llama-tq", bits=3, type_id=43),
-    _format("llama-tq", bits=4, type_id=44),
-    XKTQ2_1,
-    _format(CUDA, bits=1, type_id=45),
-    _format(CUDA, bits=2, type_id=42),
-    _format(CUDA, bits=3, type_id=43),
-    _format(CUDA, bits=4, type_id=44),
-)
+    def stages(self, x: np.ndarray, index: np.ndarray, blocks: np.ndarray) -> Stages:
+        """Return the norms, which are the scales."""
+        with np.errstate(all="ignore"):
+            norm = np.sqrt(ordered_sum(x * x))
+        return Stages(norm, {}, {"d": norm})
+
+    def quantize_paired(self, x: np.ndarray, sibling: np.ndarray) -> np.ndarray:
+        """Quantise float32 (n, 32) beside the lender's blocks (n,) to blocks (n,)."""
+        blocks = np.zeros(len(x), self.layout.dtype)
+        with np.errstate(all="ignore"):
+            norm = np.sqrt(ordered_sum(x * x))
+            scale = np.where(norm < TINY, norm, exact_scale(norm, self._unscaled(sibling)))
+        blocks["d"] = fp16_bits(scale).view(np.float16)
+        return blocks
+
+    def dequantize_paired(self, blocks: np.ndarray, sibling: np.ndarray) -> np.ndarray:
+        """Dequantise blocks (n,) beside the lender's blocks (n,) to float32 (n, 32)."""
+        with np.errstate(all="ignore"):
+            d = blocks["d"].astype(np.float32)[:, None]
+            return np.where(d < TINY, np.float32(0), self._unscaled(sibling) * d)
+
+    def _unscaled(self, sibling: np.ndarray) -> np.ndarray:
+        bits = self.lender.bits
+        sign = stored_signs(sibling, self.lender.plus_bit)
+        return _unit(unpack(sibling["qs"], bits), CODEBOOKS[bits], sign)

@@ -33,12 +33,18 @@ Source
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar
+
 import numpy as np
 
 from tbq.bitpack import pack, unpack
-from tbq.format import Format, Stages, no_anomalies
+from tbq.codec import Codec, Layout, Stages
+from tbq.families import codebooks
+from tbq.families.dense import QR_SIZE, multiply, qr_rotation
 from tbq.numerics import fp16_bits, ordered_sum, symmetric
-from tbq.rotations import QR_SIZE, qr_rotation
 
 QK_K = 256
 MIN_NORM = np.float32(1e-10)
@@ -53,108 +59,112 @@ def _boundaries(*positive: float) -> np.ndarray:
     return table
 
 
+CODEBOOKS = codebooks.PR21089
+
 # source: ggml-turboq-tables.h at f112d6de7; decimals as written there
-CODEBOOKS = {
-    3: symmetric(0.2451, 0.7560, 1.3440, 2.1520),
-    4: symmetric(0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6180, 2.0690, 2.7326),
-}
 BOUNDARIES = {
     3: _boundaries(0.5006, 1.0500, 1.7480),
     4: _boundaries(0.2583, 0.5225, 0.7996, 1.0993, 1.4371, 1.8435, 2.4008),
 }
 
 
-def _matvec(matrix: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Multiply every row of x by the matrix, each output summed over the input in index order."""
-    y = np.zeros_like(x)
-    for j in range(x.shape[-1]):
-        y += x[..., j, None] * matrix[:, j]
-    return y
+@dataclass(frozen=True)
+class DenseRotated(Codec):
+    """tbq3_0 and tbq4_0.
 
+    Attributes:
+        bits: per code, 3 or 4.
+        transposed, rotated: whether rotations are the transposes, or there at all (in kernels
+            that are wrong).
+        codebook: whose table it is, likewise; that of others has its midpoints for boundaries.
+        corrected: whether the norm is divided by that of the centroids; never, likewise.
+    """
 
-def code_bits(fmt: Format) -> int:
-    """Return the bits per code, 3 or 4."""
-    return fmt.block["qs"].itemsize * 8 // QK_K
+    bits: int
+    transposed: bool = False
+    rotated: bool = True
+    codebook: str = "pr21089"
+    corrected: bool = False
 
+    block_values: ClassVar[int] = QK_K
+    group_values: ClassVar[int] = QK_K
+    rotation_values: ClassVar[int] = QR_SIZE
 
-def stages_ref(fmt: Format, x: np.ndarray, index: np.ndarray, blocks=None) -> Stages:
-    """Return what encoding float32 (n, 256) computes; neither index nor blocks matter."""
-    with np.errstate(all="ignore"):
-        norm = np.sqrt(ordered_sum(x * x))
-        norm = np.where(norm < MIN_NORM, MIN_NORM, norm)
-        return Stages(norm, rotate_ref(fmt, x / norm[:, None]) * SCALE_UP, norm)
+    @cached_property
+    def layout(self) -> Layout:
+        """Codes, then the norm."""
+        return Layout(np.dtype([("qs", "u1", QK_K * self.bits // 8), ("d", "<f2")]))
 
+    @property
+    def boundaries(self) -> dict[str, np.ndarray]:
+        """Between the cells, for coordinates of variance 1."""
+        return {"codes": self._edges.astype(np.float64)}
 
-def quantize_ref(fmt: Format, x: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Quantise float32 (n, 256) to blocks (n,); the block index does not matter."""
-    bits = code_bits(fmt)
-    norm, v, _ = stages_ref(fmt, x, index)
-    codes = (~(v[..., None] < BOUNDARIES[bits])).sum(axis=-1)
-    blocks = np.zeros(len(x), fmt.block)
-    blocks["qs"] = pack(codes, bits)
-    blocks["d"] = fp16_bits(norm).view(np.float16)
-    return blocks
+    @property
+    def _table(self) -> np.ndarray:
+        return codebooks.TABLES[self.codebook][self.bits]
 
+    @property
+    def _edges(self) -> np.ndarray:
+        if self.codebook == "pr21089":
+            return BOUNDARIES[self.bits]
+        return (self._table[1:] + self._table[:-1]) / np.float32(2)
 
-def dequantize_ref(fmt: Format, blocks: np.ndarray) -> np.ndarray:
-    """Dequantise blocks (n,) to float32 (n, 256)."""
-    bits = code_bits(fmt)
-    with np.errstate(all="ignore"):
-        r = CODEBOOKS[bits][unpack(blocks["qs"], bits)] * SCALE_DOWN
-        return unrotate_ref(fmt, r) * blocks["d"].astype(np.float32)[:, None]
+    def stages(self, x: np.ndarray, index: np.ndarray, blocks: np.ndarray | None) -> Stages:
+        """Return norm, coordinates and scale of float32 (n, 256); the index does not matter."""
+        with np.errstate(all="ignore"):
+            norm = np.sqrt(ordered_sum(x * x))
+            norm = np.where(norm < MIN_NORM, MIN_NORM, norm)
+            v = self.rotate(x / norm[:, None], blocks) * SCALE_UP
+        return Stages(norm, {"codes": v}, {"d": norm})
 
+    def quantize(self, x: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Quantise float32 (n, 256) to blocks (n,)."""
+        norm, coordinates, _ = self.stages(x, index, None)
+        codes = (~(coordinates["codes"][..., None] < self._edges)).sum(axis=-1)
+        blocks = np.zeros(len(x), self.layout.dtype)
+        blocks["qs"] = pack(codes, self.bits)
+        if self.corrected:
+            c = self._table[codes] * SCALE_DOWN
+            norm = norm / np.sqrt(ordered_sum(c * c))
+        blocks["d"] = fp16_bits(norm).view(np.float16)
+        return blocks
 
-def levels_ref(fmt: Format, blocks: np.ndarray) -> np.ndarray:
-    """Return the scaled levels of blocks (n,), float32 (n, 256), still rotated."""
-    bits = code_bits(fmt)
-    with np.errstate(all="ignore"):
-        r = CODEBOOKS[bits][unpack(blocks["qs"], bits)] * SCALE_DOWN
-        return r * blocks["d"].astype(np.float32)[:, None]
+    def dequantize(self, blocks: np.ndarray) -> np.ndarray:
+        """Dequantise blocks (n,) to float32 (n, 256)."""
+        with np.errstate(all="ignore"):
+            y = self.unrotate(self._unscaled(blocks), blocks)
+            return y * blocks["d"].astype(np.float32)[:, None]
 
+    def levels(self, blocks: np.ndarray) -> np.ndarray:
+        """Return the scaled levels of blocks (n,), float32 (n, 256), still rotated."""
+        with np.errstate(all="ignore"):
+            return self._unscaled(blocks) * blocks["d"].astype(np.float32)[:, None]
 
-def rotate_ref(fmt: Format, x: np.ndarray, blocks: np.ndarray | None = None) -> np.ndarray:
-    """Rotate each half of float32 (n, 256) by Q."""
-    return _matvec(qr_rotation(), x.reshape(-1, QR_SIZE)).reshape(x.shape)
+    def _unscaled(self, blocks: np.ndarray) -> np.ndarray:
+        return self._table[unpack(blocks["qs"], self.bits)] * SCALE_DOWN
 
+    def rotate(self, x: np.ndarray, blocks: np.ndarray | None) -> np.ndarray:
+        """Rotate each half of float32 (n, 256) by Q."""
+        return self._multiply(qr_rotation().T if self.transposed else qr_rotation(), x)
 
-def unrotate_ref(fmt: Format, x: np.ndarray, blocks: np.ndarray | None = None) -> np.ndarray:
-    """Rotate each half of float32 (n, 256) by the transpose of Q."""
-    return _matvec(qr_rotation().T, x.reshape(-1, QR_SIZE)).reshape(x.shape)
+    def unrotate(self, x: np.ndarray, blocks: np.ndarray | None) -> np.ndarray:
+        """Rotate each half of float32 (n, 256) by the transpose of Q."""
+        return self._multiply(qr_rotation() if self.transposed else qr_rotation().T, x)
 
+    def _multiply(self, matrix: np.ndarray, x: np.ndarray) -> np.ndarray:
+        if not self.rotated:
+            return x
+        return multiply(matrix, x.reshape(-1, QR_SIZE)).reshape(x.shape)
 
-def codes(fmt: Format, blocks: np.ndarray) -> dict[str, tuple[np.ndarray, int]]:
-    """Return the codes of blocks (n,)."""
-    bits = code_bits(fmt)
-    return {"codes": (unpack(blocks["qs"], bits), 1 << bits)}
+    def codes(self, blocks: np.ndarray) -> dict[str, tuple[np.ndarray, int]]:
+        """Return the codes of blocks (n,)."""
+        return {"codes": (unpack(blocks["qs"], self.bits), 1 << self.bits)}
 
-
-def _format(name: str, bits: int, type_id: int, ftype: int) -> Format:
-    return Format(
-        dialect="pr21089",
-        name=name,
-        type_id=type_id,
-        block=np.dtype([("qs", "u1", QK_K * bits // 8), ("d", "<f2")]),
-        block_values=QK_K,
-        group_values=QR_SIZE,
-        side="KV",
-        domain="original",
-        source="ggml-org/llama.cpp PR 21089 @ f112d6de7: ggml/src/ggml-turboq.c",
-        quantize_ref=quantize_ref,
-        dequantize_ref=dequantize_ref,
-        kernels_module="tbq.kernels.pr21089",
-        codes=codes,
-        anomalies=no_anomalies,
-        levels_ref=levels_ref,
-        rotate_ref=rotate_ref,
-        unrotate_ref=unrotate_ref,
-        stages_ref=stages_ref,
-        boundaries=BOUNDARIES[bits].astype(np.float64),
-        ftype=ftype,
-        notes="256 values of a row may span heads; a norm above 65504 decodes to infinity or NaN.",
-    )
-
-
-FORMATS = (
-    _format("tbq3_0", bits=3, type_id=42, ftype=41),
-    _format("tbq4_0", bits=4, type_id=43, ftype=42),
-)
+    def mutants(self) -> Iterator[tuple[str, str, Codec]]:
+        """Kernels without the rotation, with its transpose, another table, or another norm."""
+        yield "not rotated", "", replace(self, rotated=False)
+        yield "rotated with the transpose", "", replace(self, transposed=True)
+        for name in codebooks.others(self.codebook, self.bits):
+            yield "another codebook", name, replace(self, codebook=name)
+        yield "norm corrected", "", replace(self, corrected=True)

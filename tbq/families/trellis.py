@@ -44,12 +44,16 @@ Source
 from __future__ import annotations
 
 import math
-from functools import cache
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from typing import ClassVar
 
 import numpy as np
 
 from tbq.bitpack import pack, unpack
-from tbq.format import Format, Stages, no_rotation
+from tbq.codec import Codec, Domain, Layout, Stages
+from tbq.families.tcq import greedy
 from tbq.numerics import fp16_bits
 
 QK = 128
@@ -126,17 +130,7 @@ def code_table() -> np.ndarray:
     return table
 
 
-def emission_bits(fmt: Format) -> int:
-    """Return K, the bits per emission."""
-    return fmt.block["qs"].itemsize * 8 // QK
-
-
-def outliers(fmt: Format) -> int:
-    """Return how many values are kept outside the walk."""
-    return fmt.block["pos"].itemsize if "pos" in fmt.block.names else 0
-
-
-def viterbi_ref(u: np.ndarray, bits: int) -> np.ndarray:
+def viterbi(u: np.ndarray, bits: int) -> np.ndarray:
     """Return the states (129,) of the best walk for normalised values u (128,)."""
     code = code_table()
     groups = STATES >> bits
@@ -171,120 +165,122 @@ def pick_outliers(x: np.ndarray, count: int) -> list[int]:
     return sorted(picked)
 
 
-def quantize_ref(fmt: Format, x: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Quantise float32 (n, 128) to blocks (n,); the block index does not matter."""
-    blocks = np.zeros(len(x), fmt.block)
-    bits, count = emission_bits(fmt), outliers(fmt)
-    for block, row in zip(blocks, x.copy(), strict=True):
-        if count:
-            picked = pick_outliers(row, count)
-            block["pos"][: len(picked)] = picked
-            block["val"][: len(picked)] = fp16_bits(row[picked]).view(np.float16)
-            row[picked] = 0
+@dataclass(frozen=True)
+class Trellis(Codec):
+    """vtq*_2, vtq*_3 and vtq3_v8.
+
+    Attributes:
+        bits: K, per emission.
+        outliers: how many values are kept outside the walk.
+        restored: whether the decoder puts them back; always, but in kernels that are wrong.
+        greedy: likewise whether each step takes the nearest level that it can reach from state 0.
+    """
+
+    bits: int
+    outliers: int = 0
+    restored: bool = True
+    greedy: bool = False
+
+    block_values: ClassVar[int] = QK
+    group_values: ClassVar[int] = QK
+    takes: ClassVar[Domain] = "rotated"
+    gives: ClassVar[Domain] = "rotated"
+    searches: ClassVar[bool] = True
+
+    @property
+    def slow(self) -> bool:
+        """Whether it searches through all states."""
+        return not self.greedy
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Scale, start of the walk, emissions, outliers."""
+        fields = [("d", "<f2"), ("start", "<u2"), ("qs", "u1", QK * self.bits // 8)]
+        if not self.outliers:
+            return Layout(np.dtype(fields), state="start")
+        fields += [("pos", "u1", self.outliers), ("val", "<f2", self.outliers)]
+        return Layout(np.dtype(fields), state="start", outliers=("pos", "val"))
+
+    def quantize(self, x: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Quantise float32 (n, 128) to blocks (n,); the block index does not matter."""
+        blocks = np.zeros(len(x), self.layout.dtype)
+        for block, row in zip(blocks, x.copy(), strict=True):
+            if self.outliers:
+                picked = pick_outliers(row, self.outliers)
+                block["pos"][: len(picked)] = picked
+                block["val"][: len(picked)] = fp16_bits(row[picked]).view(np.float16)
+                row[picked] = 0
+            with np.errstate(all="ignore"):
+                norm = _norm(row)
+                if norm < TINY:
+                    continue
+                states = self._walked(row * (np.float32(1) / norm))
+                rn = _norm(code_table()[states[1:]])
+                d = norm / rn if rn > TINY else norm
+            block["start"] = states[0]
+            block["qs"] = pack(states[1:] >> (16 - self.bits), self.bits)
+            block["d"] = fp16_bits(d).view(np.float16)
+        return blocks
+
+    def _walked(self, u: np.ndarray) -> np.ndarray:
+        if self.greedy:
+            return greedy(u[None], code_table(), self.bits)[0]
+        return viterbi(u, self.bits)
+
+    def walk(self, blocks: np.ndarray) -> np.ndarray:
+        """Return the states (n, 128) after each emission: 16-bit windows of the stream."""
+        start = blocks["start"].astype("<u2").view(np.uint8).reshape(-1, 2)
+        stream = np.concatenate([start, blocks["qs"]], axis=1)
+        first_bit = self.bits * (np.arange(QK) + 1)
+        padded = np.pad(stream, ((0, 0), (0, 2))).astype(np.uint32)
+        byte = first_bit // 8
+        window = padded[:, byte] | padded[:, byte + 1] << 8 | padded[:, byte + 2] << 16
+        return (window >> (first_bit % 8).astype(np.uint32)) & 0xFFFF
+
+    def stages(self, x: np.ndarray, index: np.ndarray, blocks: np.ndarray) -> Stages:
+        """Return norm, normalised values and scale of float32 (n, 128)."""
+        rest = x.copy()
+        for row in rest if self.outliers else ():
+            row[pick_outliers(row, self.outliers)] = 0
         with np.errstate(all="ignore"):
-            norm = np.sqrt((row.astype(np.float64) ** 2).cumsum()[-1]).astype(np.float32)
-            if norm < TINY:
-                continue
-            states = viterbi_ref(row * (np.float32(1) / norm), bits)
-            rn = np.sqrt((code_table()[states[1:]].astype(np.float64) ** 2).cumsum()[-1])
-            rn = rn.astype(np.float32)
-            d = norm / rn if rn > TINY else norm
-        block["start"] = states[0]
-        block["qs"] = pack(states[1:] >> (16 - bits), bits)
-        block["d"] = fp16_bits(d).view(np.float16)
-    return blocks
+            norm, rn = _norm(rest), _norm(code_table()[self.walk(blocks)])
+            scale = np.where(rn > TINY, norm / rn, norm)
+            u = rest * (np.float32(1) / norm)[:, None]
+        return Stages(norm, {"emissions": u}, {"d": np.where(norm < TINY, np.float32(0), scale)})
+
+    def dequantize(self, blocks: np.ndarray) -> np.ndarray:
+        """Dequantise blocks (n,) to float32 (n, 128)."""
+        with np.errstate(all="ignore"):
+            d = blocks["d"].astype(np.float32)[:, None]
+            y = np.where(d == 0, np.float32(0), code_table()[self.walk(blocks)] * d)
+            for k in range(self.outliers if self.restored else 0):
+                y[np.arange(len(y)), blocks["pos"][:, k]] = blocks["val"][:, k].astype(np.float32)
+        return y
+
+    def codes(self, blocks: np.ndarray) -> dict[str, tuple[np.ndarray, int]]:
+        """Return the emissions of blocks (n,)."""
+        return {"emissions": (unpack(blocks["qs"], self.bits), 1 << self.bits)}
+
+    def anomalies(self, blocks: np.ndarray, index: np.ndarray) -> dict[str, np.ndarray]:
+        """Find blocks (n,) whose outliers are out of bounds or out of order."""
+        if not self.outliers:
+            return {}
+        pos = blocks["pos"].astype(np.int16)
+        missing = pos[:, 1:] == 0  # fewer outliers than slots: position 0 fills up
+        unordered = ((pos[:, 1:] <= pos[:, :-1]) & ~missing).any(axis=-1)
+        return {
+            "outliers beyond the block": (pos >= QK).any(axis=-1),
+            "outliers out of order": unordered,
+        }
+
+    def mutants(self) -> Iterator[tuple[str, str, Codec]]:
+        """Kernels that decode the walk alone, or do not search for it."""
+        yield "greedy instead of a search", "from state 0", replace(self, greedy=True)
+        if self.outliers:
+            yield "outliers left out", "", replace(self, restored=False)
 
 
-def walk(fmt: Format, blocks: np.ndarray) -> np.ndarray:
-    """Return the states (n, 128) after each emission: 16-bit windows of the stream."""
-    bits = emission_bits(fmt)
-    stream = np.concatenate(
-        [blocks["start"].astype("<u2").view(np.uint8).reshape(-1, 2), blocks["qs"]], axis=1
-    )
-    first_bit = bits * (np.arange(QK) + 1)
-    padded = np.pad(stream, ((0, 0), (0, 2))).astype(np.uint32)
-    byte = first_bit // 8
-    window = padded[:, byte] | padded[:, byte + 1] << 8 | padded[:, byte + 2] << 16
-    return (window >> (first_bit % 8).astype(np.uint32)) & 0xFFFF
-
-
-def stages_ref(fmt: Format, x: np.ndarray, index: np.ndarray, blocks: np.ndarray) -> Stages:
-    """Return what encoding float32 (n, 128) to blocks (n,) computes; the index does not matter."""
-    rest = x.copy()
-    for row in rest if outliers(fmt) else ():
-        row[pick_outliers(row, outliers(fmt))] = 0
-    with np.errstate(all="ignore"):
-        norm = np.sqrt((rest.astype(np.float64) ** 2).cumsum(axis=-1)[:, -1]).astype(np.float32)
-        levels = code_table()[walk(fmt, blocks)].astype(np.float64)
-        rn = np.sqrt((levels**2).cumsum(axis=-1)[:, -1]).astype(np.float32)
-        scale = np.where(rn > TINY, norm / rn, norm)
-        u = rest * (np.float32(1) / norm)[:, None]
-    return Stages(norm, u, np.where(norm < TINY, np.float32(0), scale))
-
-
-def dequantize_ref(fmt: Format, blocks: np.ndarray) -> np.ndarray:
-    """Dequantise blocks (n,) to float32 (n, 128)."""
-    with np.errstate(all="ignore"):
-        d = blocks["d"].astype(np.float32)[:, None]
-        y = np.where(d == 0, np.float32(0), code_table()[walk(fmt, blocks)] * d)
-        for k in range(outliers(fmt)):
-            y[np.arange(len(y)), blocks["pos"][:, k]] = blocks["val"][:, k].astype(np.float32)
-    return y
-
-
-def codes(fmt: Format, blocks: np.ndarray) -> dict[str, tuple[np.ndarray, int]]:
-    """Return the emissions of blocks (n,)."""
-    bits = emission_bits(fmt)
-    return {"emissions": (unpack(blocks["qs"], bits), 1 << bits)}
-
-
-def anomalies(fmt: Format, blocks: np.ndarray, index: np.ndarray) -> dict[str, np.ndarray]:
-    """Find blocks (n,) whose outliers are out of bounds or out of order."""
-    if not outliers(fmt):
-        return {}
-    pos = blocks["pos"].astype(np.int16)
-    missing = pos[:, 1:] == 0  # fewer outliers than slots: position 0 fills up
-    unordered = ((pos[:, 1:] <= pos[:, :-1]) & ~missing).any(axis=-1)
-    return {
-        "outliers beyond the block": (pos >= QK).any(axis=-1),
-        "outliers out of order": unordered,
-    }
-
-
-def _format(name: str, type_id: int, bits: int, count: int = 0, alias: str = "") -> Format:
-    block = [("d", "<f2"), ("start", "<u2"), ("qs", "u1", QK * bits // 8)]
-    block += [("pos", "u1", count), ("val", "<f2", count)] if count else []
-    return Format(
-        dialect="llama-tq",
-        name=name,
-        type_id=type_id,
-        block=np.dtype(block),
-        block_values=QK,
-        group_values=1,
-        side="V",
-        domain="rotated",
-        source="LL4nc33/llama-tq @ 0f57a4ee6: ggml/src/ggml-trellis.c",
-        quantize_ref=quantize_ref,
-        dequantize_ref=dequantize_ref,
-        kernels_module="tbq.kernels.trellis",
-        codes=codes,
-        levels_ref=dequantize_ref,
-        rotate_ref=no_rotation,
-        unrotate_ref=no_rotation,
-        stages_ref=stages_ref,
-        anomalies=anomalies,
-        aliases=(alias,) if alias else (),
-        notes="The graph rotates 64 values at a time before and after; the block does not. "
-        "The exact search; the fork's pruned one (GGML_TRELLIS_BEAM) is not reproduced.",
-    )
-
-
-FORMATS = (
-    _format("vtq2_2", 50, bits=2, alias="vtq2"),
-    _format("vtq3_2", 51, bits=3),
-    _format("vtq4_2", 52, bits=4, alias="vtq4"),
-    _format("vtq2_3", 54, bits=2, count=4),
-    _format("vtq3_3", 55, bits=3, count=4),
-    _format("vtq4_3", 56, bits=4, count=4),
-    _format("vtq3_v8", 58, bits=3, count=2, alias="vtq3"),
-)
+def _norm(values: np.ndarray) -> np.ndarray:
+    """Return f32(sqrt(sum of squares)) over the last axis, products and sum in double, in order."""
+    total = (values.astype(np.float64) ** 2).cumsum(axis=-1)[..., -1]
+    return np.sqrt(total).astype(np.float32)

@@ -32,32 +32,25 @@ Source
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar, Literal
+
 import numpy as np
 
 from tbq.bitpack import pack, unpack
-from tbq.families import ktq
-from tbq.families.ktq import CUDA, QK, SCALE, TINY, code_bits, corrected_scale, nearest
-from tbq.format import Format, Stages, no_anomalies, no_rotation
-from tbq.numerics import fp16_bits, ordered_sum, symmetric
+from tbq.codec import Codec, Domain, Layout, Stages
+from tbq.families import codebooks
+from tbq.families.ktq import QK, SCALE, TINY, exact_scale, midpoints, nearest, normalised
+from tbq.numerics import fp16_bits
 
-# source: ggml-quants.c at 0f57a4ee6; only the 2-bit table differs from that of the keys
-CODEBOOKS = ktq.CODEBOOKS | {2: symmetric(0.395, 1.81)}
+CODEBOOKS = codebooks.VALUES
 
 # vtq_mixed: positions of the 3-bit values, and of the rest.
 FINE = np.arange(0, QK, 4)
-COARSE = np.setdiff1d(np.arange(QK), FINE)
-
-
-def _choose(fmt: Format, h: np.ndarray, bits: int) -> np.ndarray:
-    centroids = CODEBOOKS[bits] * SCALE
-    if fmt.dialect == CUDA:
-        return np.abs(h[..., None] - centroids).argmin(axis=-1).astype(np.uint8)
-    return (h >= 0).astype(np.uint8) if bits == 1 else nearest(h, centroids)
-
-
-def is_mixed(fmt: Format) -> bool:
-    """Tell vtq_mixed from the rest."""
-    return fmt.name == "vtq_mixed"
+COARSE = np.flatnonzero(np.arange(QK) % 4)
 
 
 def pack_mixed(codes: np.ndarray) -> np.ndarray:
@@ -75,129 +68,162 @@ def unpack_mixed(qs: np.ndarray) -> np.ndarray:
     return codes
 
 
-def _levels(fmt: Format, codes: np.ndarray) -> np.ndarray:
-    """Return cb[code] * S for codes (n, 32)."""
-    if not is_mixed(fmt):
-        return CODEBOOKS[code_bits(fmt)][codes] * SCALE
-    levels = np.empty(codes.shape, np.float32)
-    levels[:, FINE] = CODEBOOKS[3][codes[:, FINE]] * SCALE
-    levels[:, COARSE] = CODEBOOKS[2][codes[:, COARSE]] * SCALE
-    return levels
+Distance = Literal["squared", "absolute"]
 
 
-def _coordinates(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the norms of float32 (n, 32) and its normalised values."""
-    with np.errstate(all="ignore"):
-        norm = np.sqrt(ordered_sum(x * x))
-        return norm, x * (np.float32(1) / norm)[:, None]
+def _choose(h: np.ndarray, table: np.ndarray, distance: Distance) -> np.ndarray:
+    centroids = table * SCALE
+    if distance == "absolute":
+        return np.abs(h[..., None] - centroids).argmin(axis=-1).astype(np.uint8)
+    return (h >= 0).astype(np.uint8) if len(table) == 2 else nearest(h, centroids)
 
 
-def stages_ref(fmt: Format, x: np.ndarray, index: np.ndarray, blocks: np.ndarray) -> Stages:
-    """Return what encoding float32 (n, 32) to blocks (n,) computes; the index does not matter."""
-    norm, h = _coordinates(x)
-    qs = blocks["qs"]
-    codes = unpack_mixed(qs) if is_mixed(fmt) else unpack(qs, code_bits(fmt))
-    with np.errstate(all="ignore"):
-        return Stages(norm, h, ktq.exact_scale(norm, _levels(fmt, codes)))
+@dataclass(frozen=True)
+class _Nearest(Codec):
+    """What plain and mixed blocks share: the nearest centroid under a corrected scale.
+
+    Attributes:
+        distance: which distance to the centroids is compared.
+        corrected: whether the scale restores the norm; always, but in kernels that are wrong.
+    """
+
+    distance: Distance = "squared"
+    corrected: bool = True
+
+    block_values: ClassVar[int] = QK
+    group_values: ClassVar[int] = QK
+    takes: ClassVar[Domain] = "rotated"
+    gives: ClassVar[Domain] = "rotated"
+
+    @abstractmethod
+    def _encode(self, h: np.ndarray) -> np.ndarray:
+        """Return the packed codes of normalised values (n, 32)."""
+
+    @abstractmethod
+    def _levels(self, blocks: np.ndarray) -> np.ndarray:
+        """Return cb[code] * S for blocks (n,)."""
+
+    def quantize(self, x: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Quantise float32 (n, 32) to blocks (n,); the block index does not matter."""
+        blocks = np.zeros(len(x), self.layout.dtype)
+        norm, h = normalised(x)
+        with np.errstate(all="ignore"):
+            blocks["qs"] = self._encode(h)
+            scale = exact_scale(norm, self._levels(blocks)) if self.corrected else norm
+            live = ~(norm < TINY)
+            blocks["qs"][~live] = 0
+            blocks["d"] = fp16_bits(np.where(live, scale, norm)).view(np.float16)
+        return blocks
+
+    def stages(self, x: np.ndarray, index: np.ndarray, blocks: np.ndarray) -> Stages:
+        """Return norm, coordinates and scale of float32 (n, 32)."""
+        norm, h = normalised(x)
+        with np.errstate(all="ignore"):
+            return Stages(norm, {"codes": h}, {"d": exact_scale(norm, self._levels(blocks))})
+
+    def dequantize(self, blocks: np.ndarray) -> np.ndarray:
+        """Dequantise blocks (n,) to float32 (n, 32)."""
+        with np.errstate(all="ignore"):
+            d = blocks["d"].astype(np.float32)[:, None]
+            return np.where(d < TINY, np.float32(0), self._levels(blocks) * d)
+
+    def mutants(self) -> Iterator[tuple[str, str, Codec]]:
+        """Kernels that store the norm uncorrected."""
+        yield "norm not corrected", "", replace(self, corrected=False)
 
 
-def _boundaries(name: str, bits: int) -> np.ndarray:
-    if name != "vtq_mixed":
-        return ktq.midpoints(bits, CODEBOOKS[bits])
-    table = np.full((QK, 7), np.nan)
-    table[FINE] = ktq.midpoints(3, CODEBOOKS[3])
-    table[COARSE, :3] = ktq.midpoints(2, CODEBOOKS[2])
-    return table
+@dataclass(frozen=True)
+class PlainBlocks(_Nearest):
+    """vtq1_1 ... vtq4_1.
+
+    Attributes:
+        bits: per code, 1 to 4.
+        codebook: whose table it is; another one in kernels that are wrong.
+    """
+
+    bits: int = 2
+    codebook: str = "values"
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Scale and codes; with 3 bits two bytes of padding."""
+        fields = [("d", "<f2"), ("qs", "u1", 4 * self.bits)]
+        if self.bits == 3:
+            return Layout(np.dtype([*fields, ("pad", "u1", 2)]), padding=("pad",))
+        return Layout(np.dtype(fields))
+
+    @property
+    def _table(self) -> np.ndarray:
+        return codebooks.TABLES[self.codebook][self.bits]
+
+    @property
+    def boundaries(self) -> dict[str, np.ndarray]:
+        """Midpoints of the centroids."""
+        return {"codes": midpoints(self.bits, self._table)}
+
+    def _encode(self, h: np.ndarray) -> np.ndarray:
+        return pack(_choose(h, self._table, self.distance), self.bits)
+
+    def _levels(self, blocks: np.ndarray) -> np.ndarray:
+        return self._table[unpack(blocks["qs"], self.bits)] * SCALE
+
+    def codes(self, blocks: np.ndarray) -> dict[str, tuple[np.ndarray, int]]:
+        """Return the codes of blocks (n,)."""
+        return {"codes": (unpack(blocks["qs"], self.bits), 1 << self.bits)}
+
+    def mutants(self) -> Iterator[tuple[str, str, Codec]]:
+        """Kernels that store the norm uncorrected, or have another table."""
+        yield from super().mutants()
+        for name in codebooks.others(self.codebook, self.bits):
+            yield "another codebook", name, replace(self, codebook=name)
 
 
-def quantize_ref(fmt: Format, x: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Quantise float32 (n, 32) to blocks (n,); the block index does not matter."""
-    blocks = np.zeros(len(x), fmt.block)
-    norm, h = _coordinates(x)
-    with np.errstate(all="ignore"):
-        if is_mixed(fmt):
-            codes = np.empty(x.shape, np.uint8)
-            codes[:, FINE] = _choose(fmt, h[:, FINE], 3)
-            codes[:, COARSE] = _choose(fmt, h[:, COARSE], 2)
-            qs = pack_mixed(codes)
-        else:
-            codes = _choose(fmt, h, code_bits(fmt))
-            qs = pack(codes, code_bits(fmt))
-        live = ~(norm < TINY)
-        blocks["qs"][live] = qs[live]
-        d = np.where(live, corrected_scale(norm, _levels(fmt, codes)), fp16_bits(norm))
-    blocks["d"] = d.view(np.float16)
-    return blocks
+@dataclass(frozen=True)
+class MixedBlocks(_Nearest):
+    """vtq_mixed: eight 3-bit codes and 24 2-bit codes.
 
+    Attributes:
+        codebook: whose tables they are; others in kernels that are wrong.
+    """
 
-def dequantize_ref(fmt: Format, blocks: np.ndarray) -> np.ndarray:
-    """Dequantise blocks (n,) to float32 (n, 32)."""
-    with np.errstate(all="ignore"):
-        d = blocks["d"].astype(np.float32)[:, None]
-        qs = blocks["qs"]
-        codes = unpack_mixed(qs) if is_mixed(fmt) else unpack(qs, code_bits(fmt))
-        return np.where(d < TINY, np.float32(0), _levels(fmt, codes) * d)
+    codebook: str = "values"
 
+    layout: ClassVar[Layout] = Layout(np.dtype([("d", "<f2"), ("qs", "u1", 10)]))
 
-def codes(fmt: Format, blocks: np.ndarray) -> dict[str, tuple[np.ndarray, int]]:
-    """Return the codes of blocks (n,); in vtq_mixed those with j%4 != 0 stay below 4."""
-    return {"codes": (unpack_mixed(blocks["qs"]), 8)} if is_mixed(fmt) else ktq.codes(fmt, blocks)
+    @property
+    def boundaries(self) -> dict[str, np.ndarray]:
+        """Midpoints of the codebook that each position has, (32, 7)."""
+        table = np.full((QK, 7), np.nan)
+        tables = codebooks.TABLES[self.codebook]
+        table[FINE] = midpoints(3, tables[3])
+        table[COARSE, :3] = midpoints(2, tables[2])
+        return {"codes": table}
 
+    def _encode(self, h: np.ndarray) -> np.ndarray:
+        codes = np.empty(h.shape, np.uint8)
+        tables = codebooks.TABLES[self.codebook]
+        codes[:, FINE] = _choose(h[:, FINE], tables[3], self.distance)
+        codes[:, COARSE] = _choose(h[:, COARSE], tables[2], self.distance)
+        return pack_mixed(codes)
 
-def _unused_slots(fmt: Format, blocks: np.ndarray, index: np.ndarray) -> dict[str, np.ndarray]:
-    """Find vtq_mixed blocks (n,) with bits in the slots that hold no value."""
-    slots = unpack(blocks["qs"][:, 3:], 2)
-    return {"padding that is not zero": slots[:, 0].astype(bool) | slots[:, 25:].any(axis=-1)}
+    def _levels(self, blocks: np.ndarray) -> np.ndarray:
+        codes = unpack_mixed(blocks["qs"])
+        levels = np.empty(codes.shape, np.float32)
+        tables = codebooks.TABLES[self.codebook]
+        levels[:, FINE] = tables[3][codes[:, FINE]] * SCALE
+        levels[:, COARSE] = tables[2][codes[:, COARSE]] * SCALE
+        return levels
 
+    def codes(self, blocks: np.ndarray) -> dict[str, tuple[np.ndarray, int]]:
+        """Return the codes of blocks (n,); those with j%4 != 0 stay below 4."""
+        return {"codes": (unpack_mixed(blocks["qs"]), 8)}
 
-def _format(dialect: str, name: str, type_id: int, bits: int, **fields) -> Format:
-    cuda = dialect == CUDA
-    block = [("d", "<f2"), ("qs", "u1", 4 * bits)] + ([("pad", "u1", 2)] if bits == 3 else [])
-    defaults = {
-        "block": np.dtype(block),
-        "anomalies": ktq.padding if bits == 3 else no_anomalies,
-        "aliases": (),
-        "notes": "The graph rotates 64 values at a time before and after; the block does not.",
-    }
-    return Format(
-        dialect=dialect,
-        name=name,
-        type_id=type_id,
-        block_values=QK,
-        group_values=1,
-        side="V",
-        domain="rotated",
-        source="LL4nc33/llama-tq @ 0f57a4ee6: ggml/src/"
-        + ("ggml-cuda/turboquant.cuh" if cuda else "ggml-quants.c"),
-        quantize_ref=quantize_ref,
-        dequantize_ref=dequantize_ref,
-        kernels_module="tbq.kernels.vtq",
-        codes=codes,
-        levels_ref=dequantize_ref,
-        rotate_ref=no_rotation,
-        unrotate_ref=no_rotation,
-        stages_ref=stages_ref,
-        boundaries=_boundaries(name, bits),
-        **(defaults | fields),
-    )
+    def anomalies(self, blocks: np.ndarray, index: np.ndarray) -> dict[str, np.ndarray]:
+        """Find blocks (n,) with bits in the slots that hold no value."""
+        slots = unpack(blocks["qs"][:, 3:], 2)
+        return {"padding that is not zero": slots[:, 0].astype(bool) | slots[:, 25:].any(axis=-1)}
 
-
-FORMATS = (
-    _format("llama-tq", "vtq1_1", 46, 1, aliases=("vtq1",)),
-    _format("llama-tq", "vtq2_1", 47, 2),
-    _format("llama-tq", "vtq3_1", 48, 3),
-    _format("llama-tq", "vtq4_1", 49, 4),
-    _format(
-        "llama-tq",
-        "vtq_mixed",
-        53,
-        2,
-        block=np.dtype([("d", "<f2"), ("qs", "u1", 10)]),
-        anomalies=_unused_slots,
-        notes="C declares qs[9] and writes the last code past it, into the padding byte.",
-    ),
-    _format(CUDA, "vtq1_1", 46, 1),
-    _format(CUDA, "vtq2_1", 47, 2),
-    _format(CUDA, "vtq3_1", 48, 3),
-    _format(CUDA, "vtq4_1", 49, 4),
-)
+    def mutants(self) -> Iterator[tuple[str, str, Codec]]:
+        """Kernels that store the norm uncorrected, or have the tables of keys."""
+        yield from super().mutants()
+        yield "another codebook", "keys", replace(self, codebook="keys")

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from functools import cache
+import glob
+import hashlib
+import logging
+from functools import cache, partial
 from pathlib import Path
 
 import numba
+from numba.core import config
+
+_log = logging.getLogger("tbq")
 
 
 @cache
 def _sources_stamp() -> tuple:
-    """Return times and sizes of all files of tbq that kernels are compiled from."""
+    """Return times and sizes of the files of tbq that kernels are compiled from."""
     package = Path(__file__).parents[1]
-    states = ((str(p.relative_to(package)), p.stat()) for p in sorted(package.rglob("*.py")))
+    files = [*package.glob("families/*.py"), *package.glob("kernels/*.py")]
+    files += [package / f"{name}.py" for name in ("bitpack", "cells", "nearest", "numerics")]
+    states = ((str(p.relative_to(package)), p.stat()) for p in sorted(files))
     return tuple((name, state.st_mtime_ns, state.st_size) for name, state in states)
 
 
@@ -20,16 +28,89 @@ def jit(function):
     """Compile with Numba: no fastmath, IEEE division, GIL released, machine code cached on disk.
 
     Numba never contracts a*b+c to a fused multiply-add by itself, so with fastmath off each float
-    operation rounds once, in source order. Where no cache directory can be written the kernel is
-    compiled anew in every process.
+    operation rounds once, in source order. Where no cache directory can be written, or what is in
+    it is damaged, the kernel is compiled anew in every process.
 
     Numba's cache notices a change of the file a function stands in, but kernels inline functions
     and constants of other files. The cache is therefore stamped with all of them.
+
+    NUMBA_DISABLE_JIT has no effect: interpreted, NumPy's scalars would overflow where machine
+    words wrap around, and bytes would differ. What a kernel does in Python is in `tbq.families`.
     """
     options = {"nogil": True, "error_model": "numpy", "fastmath": False}
+    disabled, config.DISABLE_JIT = config.DISABLE_JIT, 0
     try:
-        kernel = numba.njit(cache=True, **options)(function)
-        kernel._cache._cache_file._source_stamp = _sources_stamp()
-    except (RuntimeError, AttributeError):  # no cache directory; another Numba's internals
-        return numba.njit(**options)(function)
-    return kernel
+        kernel = numba.njit(**options)(function)
+        try:
+            kernel.enable_caching()
+            file = kernel._cache._cache_file
+            file._source_stamp = _sources_stamp()
+            file.save = partial(_save, file)
+            kernel._cache = _ForgivingCache(kernel._cache)
+        except (RuntimeError, OSError, AttributeError) as error:  # or another Numba's internals
+            _warn_once(error)
+            return numba.njit(**options)(function)
+        return kernel
+    finally:
+        config.DISABLE_JIT = disabled
+
+
+def _save(file, key, data) -> None:
+    """Save a compiled kernel, so that no other process can ever load another one for it.
+
+    Numba's own `save` names data files by number, uses the numbers of an outdated index again, and
+    writes the index first: a process that reads in between loads what another kernel of that name,
+    or its older source, was compiled to, inlines it, and saves that. Here what is compiled of one
+    stamp and key has a file of its own, which is there before the index tells of it.
+    """
+    base = file._index_name.removesuffix(".nbi")
+    name = f"{base}.{hashlib.sha256(file._dump((file._source_stamp, key))).hexdigest()[:32]}.nbc"
+    file._save_data(name, data)
+    known = file._load_index()
+    if not known:  # the index is another stamp's, or damaged: so are the files it knew
+        for path in Path(file._cache_path).glob(f"{glob.escape(base)}.*.nbc"):
+            if path.name != name:
+                path.unlink(missing_ok=True)
+    file._save_index(known | {key: name})
+
+
+class _ForgivingCache:
+    """Numba's cache of a kernel, which goes without where files cannot be read or written."""
+
+    def __init__(self, cache) -> None:
+        self._cache = cache
+
+    def __getattr__(self, name: str):
+        return getattr(self._cache, name)
+
+    def load_overload(self, *args):
+        try:
+            return self._cache.load_overload(*args)
+        except Exception as error:  # unpickling damaged bytes can raise anything
+            _warn_once(error)
+            self._forget()
+            return None
+
+    def save_overload(self, *args) -> None:
+        try:
+            self._cache.save_overload(*args)
+        except Exception as error:
+            _warn_once(error)
+
+    def _forget(self) -> None:
+        """Start the damaged index anew, so that the next process finds what this one compiles."""
+        try:
+            self._cache.flush()
+        except Exception as error:
+            _warn_once(error)
+
+
+def _warn_once(error: Exception) -> None:
+    """Log once what is wrong with the cache: no fault of the caller, so no warning of Python."""
+    if not _warned:
+        _warned.append(error)
+        reason = f"{type(error).__name__}: {error}"
+        _log.warning("tbq: kernels are compiled anew, Numba's cache cannot be used: %s", reason)
+
+
+_warned: list[Exception] = []

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
 
-from tbq.bitpack import pack
-from tbq.families.ktq import CODEBOOKS, CUDA, QK, SCALE, TINY, code_bits, sign_bits
-from tbq.format import Format, RowKernels
+from tbq.codec import RowKernels
+from tbq.families.ktq import (
+    CODEBOOKS,
+    QK,
+    SCALE,
+    TINY,
+    BorrowedCodes,
+    SignedBlocks,
+    sign_words,
+)
 from tbq.kernels.bitpack import unpack
 from tbq.kernels.compile import jit
 from tbq.kernels.lanes import (
@@ -25,17 +30,11 @@ from tbq.kernels.lanes import (
     store_word,
 )
 from tbq.kernels.lanes import pack as pack_lanes
-from tbq.kernels.nearest import count_thresholds, squared, thresholds
+from tbq.kernels.nearest import count_thresholds
 from tbq.kernels.numerics import corrected_scale, load_fp16, store_fp16
+from tbq.nearest import squared, thresholds
 
 WORD_STEP = np.float32(1.0 / 65536.0)
-
-
-@cache
-def sign_words() -> np.ndarray:
-    """Return the 32 sign bits of each of the 65536 seeds, int32."""
-    parts = np.array_split(np.arange(1 << 16), 16)  # keeps the temporaries small
-    return np.concatenate([pack(sign_bits(part), 1).view("<i4")[:, 0] for part in parts])
 
 
 @jit
@@ -173,25 +172,144 @@ def _levels(packed, levels, bits, y):
             y[b, j] = ZERO if d < TINY else levels[codes[j]] * d
 
 
-def kernels(fmt: Format) -> RowKernels:
-    """Return the kernels of a ktq format of either dialect."""
-    bits = code_bits(fmt)
+@jit
+def _rotate(x, blocks, at, flip, before):
+    """Transform x (n, 32) in place, the signs of blocks (n, bytes) coming before it or after."""
+    v = np.empty((QK, LANES), np.float32)
+    word = np.zeros(LANES, np.int32)
+    for start in range(0, x.shape[0], LANES):
+        count = min(LANES, x.shape[0] - start)
+        load(x, start, count, v)
+        for lane in range(count):
+            word[lane] = load_word(blocks[start + lane], at) ^ flip
+        if before:
+            _give_signs(v, word)
+        fwht(v, SCALE)
+        if not before:
+            _give_signs(v, word)
+        for lane in range(count):
+            for j in range(QK):
+                x[start + lane, j] = v[j, lane]
+
+
+@jit
+def _give_signs(v, word):
+    for j in range(QK):
+        mask = np.int32(1 << j)
+        for lane in range(LANES):
+            v[j, lane] = v[j, lane] if word[lane] & mask else -v[j, lane]
+
+
+@jit
+def _quantize_alone(x, packed):
+    v = np.empty((QK, LANES), np.float32)
+    norm = np.empty(LANES, np.float32)
+    for start in range(0, x.shape[0], LANES):
+        count = min(LANES, x.shape[0] - start)
+        load(x, start, count, v)
+        norms(v, norm)
+        for lane in range(count):
+            packed[start + lane] = 0
+            store_fp16(norm[lane], packed[start + lane], 0)
+
+
+@jit
+def _expand_siblings(siblings, start, count, levels, bits, words, v):
+    """Set v (32, LANES) to the transform of the siblings' codes, unsigned and unscaled."""
+    words[:] = 0
+    for lane in range(count):
+        load_codes(siblings[start + lane], bits, words, lane)
+    expand(words, bits, levels, v)
+    fwht(v, SCALE)
+
+
+@jit
+def _quantize_paired(x, siblings, levels, bits, packed):
+    """Quantise x (n, 32) beside the lender's blocks to packed (n, block_bytes)."""
+    v = np.empty((QK, LANES), np.float32)
+    words = np.zeros((4, LANES), np.int32)
+    norm, rn = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    for start in range(0, x.shape[0], LANES):
+        count = min(LANES, x.shape[0] - start)
+        load(x, start, count, v)
+        norms(v, norm)
+        _expand_siblings(siblings, start, count, levels, bits, words, v)
+        norms(v, rn)
+        for lane in range(count):
+            dead = norm[lane] < TINY
+            scale = norm[lane] if dead else corrected_scale(norm[lane], rn[lane])
+            packed[start + lane] = 0
+            store_fp16(scale, packed[start + lane], 0)
+
+
+@jit
+def _dequantize_paired(packed, siblings, levels, bits, y):
+    """Dequantise packed (n, block_bytes) beside the lender's blocks to y (n, 32)."""
+    v = np.empty((QK, LANES), np.float32)
+    words = np.zeros((4, LANES), np.int32)
+    for start in range(0, y.shape[0], LANES):
+        count = min(LANES, y.shape[0] - start)
+        _expand_siblings(siblings, start, count, levels, bits, words, v)
+        for lane in range(count):
+            d = load_fp16(packed[start + lane], 0)
+            signs = load_word(siblings[start + lane], 2 + 4 * bits)
+            for j in range(QK):
+                signed = d if signs & np.int32(1 << j) else -d
+                y[start + lane, j] = ZERO if d < TINY else v[j, lane] * signed
+
+
+def kernels(codec: SignedBlocks | BorrowedCodes) -> RowKernels:
+    """Return the kernels of a ktq format, or of xktq2_1 alone."""
+    return _borrowed(codec) if isinstance(codec, BorrowedCodes) else _signed(codec)
+
+
+def _signed(codec: SignedBlocks) -> RowKernels:
+    bits, size = codec.bits, codec.block_bytes
     levels = CODEBOOKS[bits] * SCALE
     limits = thresholds(levels, squared) if bits > 1 else np.zeros(1, np.float32)
-    stochastic = fmt.dialect == CUDA
-    flip = np.int32(-1 if fmt.dialect == CUDA else 0)
+    stochastic = codec.draw == "stochastic"
+    flip = np.int32(0 if codec.plus_bit else -1)
+    at = codec.layout.offset("sb")
 
-    def quantize(x, packed, first_block):
-        row_blocks = x.shape[-1] // QK if fmt.block_index == "row" else x.size + 1
-        blocks = packed.reshape(-1, fmt.block_bytes)
-        args = (first_block, row_blocks, sign_words(), levels, tuple(limits), stochastic, bits)
-        _quantize(x.reshape(-1, QK), *args, blocks)
+    def quantize(x, packed, first):
+        row_blocks = x.shape[-1] // QK if codec.position == "row" else x.size + 1
+        args = (first, row_blocks, sign_words(), levels, tuple(limits), stochastic, bits)
+        _quantize(x.reshape(-1, QK), *args, packed.reshape(-1, size))
 
     def dequantize(packed, y):
-        blocks = packed.reshape(-1, fmt.block_bytes)
-        _dequantize(blocks, levels, flip, bits, y.reshape(-1, QK))
+        _dequantize(packed.reshape(-1, size), levels, flip, bits, y.reshape(-1, QK))
 
     def scaled_levels(packed, y):
-        _levels(packed.reshape(-1, fmt.block_bytes), levels, bits, y.reshape(-1, QK))
+        _levels(packed.reshape(-1, size), levels, bits, y.reshape(-1, QK))
 
-    return RowKernels(quantize, dequantize, scaled_levels)
+    def rotate(x, blocks):
+        _rotate(x, blocks, at, flip, True)
+
+    def unrotate(x, blocks):
+        _rotate(x, blocks, at, flip, False)
+
+    return RowKernels(quantize, dequantize, scaled_levels, rotate, unrotate)
+
+
+def _borrowed(codec: BorrowedCodes) -> RowKernels:
+    def quantize(x, packed, first):
+        _quantize_alone(x.reshape(-1, QK), packed.reshape(-1, codec.block_bytes))
+
+    def dequantize(packed, y):
+        y[:] = ZERO
+
+    return RowKernels(quantize, dequantize, dequantize)
+
+
+def paired_kernels(codec: BorrowedCodes):
+    """Return quantize(x, siblings, packed) and dequantize(packed, siblings, y) over blocks."""
+    bits = codec.lender.bits
+    levels = CODEBOOKS[bits] * SCALE
+
+    def quantize(x, siblings, packed):
+        _quantize_paired(x, siblings, levels, bits, packed)
+
+    def dequantize(packed, siblings, y):
+        _dequantize_paired(packed, siblings, levels, bits, y)
+
+    return quantize, dequantize

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from tbq.codec import RowKernels
+from tbq.families.dense import QR_SIZE, qr_rotation
 from tbq.families.pr21089 import (
     BOUNDARIES,
     CODEBOOKS,
@@ -16,13 +18,11 @@ from tbq.families.pr21089 import (
     QK_K,
     SCALE_DOWN,
     SCALE_UP,
-    code_bits,
+    DenseRotated,
 )
-from tbq.format import Format, RowKernels
 from tbq.kernels.bitpack import pack, unpack
 from tbq.kernels.compile import jit
 from tbq.kernels.numerics import load_fp16, store_fp16
-from tbq.rotations import QR_SIZE, qr_rotation
 
 PAIR = 2 * QK_K  # values of two blocks
 H1, H2, H3 = QR_SIZE, 2 * QR_SIZE, 3 * QR_SIZE  # where the second, third and fourth half start
@@ -31,7 +31,7 @@ ZERO_CODE, ONE_CODE = np.int32(0), np.int32(1)
 
 
 @jit
-def _rotate_pair(columns, x, y):
+def rotate_pair(columns, x, y):
     """Set each half of y (512,) to the sum over j, ascending, of columns[j] * x_j of that half."""
     for i in range(PAIR):
         y[i] = ZERO
@@ -90,7 +90,7 @@ def _quantize(x, columns, boundaries, bits, packed):
             unit[start + j] = x[b, j] / clamped
         store_fp16(clamped, packed[b], packed.shape[1] - 2)
         if b % 2 or b == n - 1:
-            _rotate_pair(columns, unit, rotated)
+            rotate_pair(columns, unit, rotated)
             for block in range(b - b % 2, b + 1):
                 start = (block % 2) * QK_K
                 for i in range(QK_K):
@@ -115,7 +115,7 @@ def _dequantize(packed, rows, levels, bits, y):
         for i in range(QK_K):
             r[start + i] = levels[codes[i]]
         if b % 2 or b == n - 1:
-            _rotate_pair(rows, r, u)
+            rotate_pair(rows, r, u)
             for block in range(b - b % 2, b + 1):
                 start = (block % 2) * QK_K
                 d = load_fp16(packed[block], packed.shape[1] - 2)
@@ -134,22 +134,44 @@ def _levels(packed, levels, bits, y):
             y[b, i] = levels[codes[i]] * d
 
 
-def kernels(fmt: Format) -> RowKernels:
+@jit
+def _rotate(matrix, x):
+    """Set each row of x (n, 256) to the product of its halves with the matrix, in place."""
+    halves = np.zeros(PAIR, np.float32)
+    turned = np.empty(PAIR, np.float32)
+    for b in range(x.shape[0]):
+        start = (b % 2) * QK_K
+        for i in range(QK_K):
+            halves[start + i] = x[b, i]
+        if b % 2 or b == x.shape[0] - 1:
+            rotate_pair(matrix, halves, turned)
+            for block in range(b - b % 2, b + 1):
+                start = (block % 2) * QK_K
+                for i in range(QK_K):
+                    x[block, i] = turned[start + i]
+
+
+def kernels(codec: DenseRotated) -> RowKernels:
     """Return the kernels of tbq3_0 or tbq4_0."""
-    bits = code_bits(fmt)
+    bits, size = codec.bits, codec.block_bytes
     columns = np.ascontiguousarray(qr_rotation().T)
     boundaries = tuple(BOUNDARIES[bits])
     levels = CODEBOOKS[bits] * SCALE_DOWN
 
-    def quantize(x, packed, first_block):
-        blocks = packed.reshape(-1, fmt.block_bytes)
+    def quantize(x, packed, first):
+        blocks = packed.reshape(-1, size)
         _quantize(x.reshape(-1, QK_K), columns, boundaries, bits, blocks)
 
     def dequantize(packed, y):
-        blocks = packed.reshape(-1, fmt.block_bytes)
-        _dequantize(blocks, qr_rotation(), levels, bits, y.reshape(-1, QK_K))
+        _dequantize(packed.reshape(-1, size), qr_rotation(), levels, bits, y.reshape(-1, QK_K))
 
     def scaled_levels(packed, y):
-        _levels(packed.reshape(-1, fmt.block_bytes), levels, bits, y.reshape(-1, QK_K))
+        _levels(packed.reshape(-1, size), levels, bits, y.reshape(-1, QK_K))
 
-    return RowKernels(quantize, dequantize, scaled_levels)
+    def rotate(x, blocks):
+        _rotate(columns, x)
+
+    def unrotate(x, blocks):
+        _rotate(qr_rotation(), x)
+
+    return RowKernels(quantize, dequantize, scaled_levels, rotate, unrotate)

@@ -23,16 +23,15 @@ from functools import cache
 
 import numpy as np
 
+from tbq.codec import RowKernels
 from tbq.families.trellis import (
     FLT_MAX,
     QK,
     STATES,
     TINY,
+    Trellis,
     code_table,
-    emission_bits,
-    outliers,
 )
-from tbq.format import Format, RowKernels
 from tbq.kernels.compile import jit
 from tbq.kernels.numerics import corrected_scale, load_fp16, store_fp16
 
@@ -321,18 +320,16 @@ def _dequantize(packed, code, bits, count, y):
     return corrupt
 
 
-def kernels(fmt: Format) -> RowKernels:
+def kernels(codec: Trellis) -> RowKernels:
     """Return the kernels of a trellis format."""
-    bits, count = emission_bits(fmt), outliers(fmt)
+    bits, count, size = codec.bits, codec.outliers, codec.block_bytes
     code = code_table()
 
-    def quantize(x, packed, first_block):
-        blocks = packed.reshape(-1, fmt.block_bytes)
+    def quantize(x, packed, first):
         tables = (code, _by_branch(bits), bits, count, _scratch.get(bits))
-        _quantize(x.reshape(-1, QK), *tables, blocks)
+        _quantize(x.reshape(-1, QK), *tables, packed.reshape(-1, size))
 
     def dequantize(packed, y):
-        blocks = packed.reshape(-1, fmt.block_bytes)
-        return _dequantize(blocks, code, bits, count, y.reshape(-1, QK))
+        return _dequantize(packed.reshape(-1, size), code, bits, count, y.reshape(-1, QK))
 
     return RowKernels(quantize, dequantize, dequantize)

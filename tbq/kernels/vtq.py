@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from tbq.families.ktq import CUDA, QK, SCALE, TINY, code_bits
-from tbq.families.vtq import CODEBOOKS, is_mixed
-from tbq.format import Format, RowKernels
+from tbq.codec import RowKernels
+from tbq.families.ktq import QK, SCALE, TINY
+from tbq.families.vtq import CODEBOOKS, Distance, MixedBlocks, PlainBlocks
 from tbq.kernels.bitpack import pack, unpack
 from tbq.kernels.compile import jit
 from tbq.kernels.lanes import LANES, ONE, ZERO, expand, load, norms, store_codes
 from tbq.kernels.lanes import pack as pack_lanes
-from tbq.kernels.nearest import absolute, count_thresholds, squared, thresholds
+from tbq.kernels.nearest import count_thresholds
 from tbq.kernels.numerics import corrected_scale, load_fp16, store_fp16
+from tbq.nearest import absolute, squared, thresholds
 
 
 @jit
@@ -120,40 +121,41 @@ def _dequantize_mixed(packed, fine_levels, coarse_levels, y):
             y[b, j] = ZERO if d < TINY else mixed * d
 
 
-def _table(fmt: Format, bits: int) -> tuple[np.ndarray, tuple]:
+def table(bits: int, distance: Distance) -> tuple[np.ndarray, tuple]:
     """Return the levels of a codebook and the thresholds between them."""
     levels = CODEBOOKS[bits] * SCALE
-    if fmt.dialect == CUDA:
+    if distance == "absolute":
         return levels, tuple(thresholds(levels, absolute))
     limits = thresholds(levels, squared) if bits > 1 else np.zeros(1, np.float32)
     return levels, tuple(limits)
 
 
-def kernels(fmt: Format) -> RowKernels:
+def kernels(codec: PlainBlocks | MixedBlocks) -> RowKernels:
     """Return the kernels of a vtq*_1 format of either dialect, or of vtq_mixed."""
-    if is_mixed(fmt):
-        return _mixed_kernels(fmt)
-    bits = code_bits(fmt)
-    levels, limits = _table(fmt, bits)
+    return _mixed(codec) if isinstance(codec, MixedBlocks) else _plain(codec)
 
-    def quantize(x, packed, first_block):
-        _quantize(x.reshape(-1, QK), levels, limits, bits, packed.reshape(-1, fmt.block_bytes))
+
+def _plain(codec: PlainBlocks) -> RowKernels:
+    bits, size = codec.bits, codec.block_bytes
+    levels, limits = table(bits, codec.distance)
+
+    def quantize(x, packed, first):
+        _quantize(x.reshape(-1, QK), levels, limits, bits, packed.reshape(-1, size))
 
     def dequantize(packed, y):
-        _dequantize(packed.reshape(-1, fmt.block_bytes), levels, bits, y.reshape(-1, QK))
+        _dequantize(packed.reshape(-1, size), levels, bits, y.reshape(-1, QK))
 
     return RowKernels(quantize, dequantize, dequantize)
 
 
-def _mixed_kernels(fmt: Format) -> RowKernels:
-    fine, coarse = _table(fmt, 3), _table(fmt, 2)
+def _mixed(codec: MixedBlocks) -> RowKernels:
+    size = codec.block_bytes
+    fine, coarse = table(3, codec.distance), table(2, codec.distance)
 
-    def quantize(x, packed, first_block):
-        blocks = packed.reshape(-1, fmt.block_bytes)
-        _quantize_mixed(x.reshape(-1, QK), *fine, *coarse, blocks)
+    def quantize(x, packed, first):
+        _quantize_mixed(x.reshape(-1, QK), *fine, *coarse, packed.reshape(-1, size))
 
     def dequantize(packed, y):
-        blocks = packed.reshape(-1, fmt.block_bytes)
-        _dequantize_mixed(blocks, fine[0], coarse[0], y.reshape(-1, QK))
+        _dequantize_mixed(packed.reshape(-1, size), fine[0], coarse[0], y.reshape(-1, QK))
 
     return RowKernels(quantize, dequantize, dequantize)

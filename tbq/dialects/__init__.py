@@ -1,0 +1,1 @@
+"""The dialects: per module one code base, with its formats, releases, ids and traits."""

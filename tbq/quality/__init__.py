@@ -1,0 +1,9 @@
+"""How good a format is: errors of values and of attention, statistics of what is stored.
+
+`statistics` needs SciPy and is imported by whoever uses it.
+"""
+
+from tbq.quality.attention_error import AttentionError, ExactAttention
+from tbq.quality.distortion import Distortion
+
+__all__ = ["AttentionError", "Distortion", "ExactAttention"]
