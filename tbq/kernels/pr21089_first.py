@@ -1,0 +1,187 @@
+"""Numba kernels of `tbq.families.pr21089_first`: dense matrices, four blocks at a time.
+
+As in `tbq.kernels.pr21089` the lanes of a vector are outputs, never parts of one sum, and each
+element of a matrix that is loaded serves four blocks.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tbq.codec import RowKernels
+from tbq.families.dense import gaussian_matrix, qr_rotation
+from tbq.families.pr21089_first import (
+    MIN_NORM,
+    QK_K,
+    SCALE_DOWN,
+    SCALE_UP,
+    SHARE,
+    DenseResidual,
+)
+from tbq.kernels.bitpack import pack, unpack
+from tbq.kernels.compile import jit
+from tbq.kernels.numerics import load_fp16, store_fp16
+
+BLOCKS = 4
+SIZE = BLOCKS * QK_K
+H1, H2, H3 = QK_K, 2 * QK_K, 3 * QK_K  # where the second, third and fourth vector start
+SIGNS = QK_K // 8
+ZERO, ONE = np.float32(0.0), np.float32(1.0)
+ZERO_CODE, ONE_CODE = np.int32(0), np.int32(1)
+
+
+@jit
+def _multiply(columns, x, y):
+    """Set each vector of y (4 * 256,) to the sum over j, ascending, of columns[j] * x_j."""
+    for i in range(SIZE):
+        y[i] = ZERO
+    for j in range(0, QK_K, 4):
+        a0, a1, a2, a3 = x[j], x[j + 1], x[j + 2], x[j + 3]
+        b0, b1, b2, b3 = x[H1 + j], x[H1 + j + 1], x[H1 + j + 2], x[H1 + j + 3]
+        c0, c1, c2, c3 = x[H2 + j], x[H2 + j + 1], x[H2 + j + 2], x[H2 + j + 3]
+        d0, d1, d2, d3 = x[H3 + j], x[H3 + j + 1], x[H3 + j + 2], x[H3 + j + 3]
+        for i in range(QK_K):
+            q0, q1, q2, q3 = columns[j, i], columns[j + 1, i], columns[j + 2, i], columns[j + 3, i]
+            y[i] = (((y[i] + q0 * a0) + q1 * a1) + q2 * a2) + q3 * a3
+            y[H1 + i] = (((y[H1 + i] + q0 * b0) + q1 * b1) + q2 * b2) + q3 * b3
+            y[H2 + i] = (((y[H2 + i] + q0 * c0) + q1 * c1) + q2 * c2) + q3 * c3
+            y[H3 + i] = (((y[H3 + i] + q0 * d0) + q1 * d1) + q2 * d2) + q3 * d3
+
+
+@jit
+def _norms(v, norm):
+    """Set norm (4,) to the L2 norms of four vectors: four chains hide the latency."""
+    s0 = s1 = s2 = s3 = ZERO
+    for j in range(QK_K):
+        s0 += v[j] * v[j]
+        s1 += v[H1 + j] * v[H1 + j]
+        s2 += v[H2 + j] * v[H2 + j]
+        s3 += v[H3 + j] * v[H3 + j]
+    norm[0], norm[1], norm[2], norm[3] = np.sqrt(s0), np.sqrt(s1), np.sqrt(s2), np.sqrt(s3)
+
+
+@jit
+def _choose(v, edges, levels, codes, m):
+    """Set codes to the first cell with 16 v below its upper edge, m to its level."""
+    for i in range(SIZE):
+        u, code = v[i] * SCALE_UP, ZERO_CODE
+        for edge in edges:
+            code += ZERO_CODE if u < edge else ONE_CODE
+        codes[i] = code
+    for i in range(SIZE):
+        m[i] = levels[codes[i]]
+
+
+@jit
+def _quantize(x, matrices, edges, levels, bits, packed):
+    """Quantise x (n, 256) to packed (n, bytes); matrices are Q by columns, Q, S by columns."""
+    columns, rows, projection = matrices
+    v, m = np.zeros(SIZE, np.float32), np.empty(SIZE, np.float32)
+    turned = np.empty(SIZE, np.float32)
+    codes = np.empty(SIZE, np.int32)
+    norm, gamma = np.empty(BLOCKS, np.float32), np.empty(BLOCKS, np.float32)
+    at = QK_K * bits // 8
+    for start in range(0, x.shape[0], BLOCKS):
+        count = min(BLOCKS, x.shape[0] - start)
+        for b in range(count):
+            v[b * QK_K : (b + 1) * QK_K] = x[start + b]
+        _norms(v, norm)
+        for b in range(BLOCKS):
+            norm[b] = MIN_NORM if norm[b] < MIN_NORM else norm[b]
+            for j in range(b * QK_K, (b + 1) * QK_K):
+                v[j] /= norm[b]
+        _multiply(columns, v, turned)
+        _choose(turned, edges, levels, codes, m)
+        for b in range(count):
+            pack(codes[b * QK_K : (b + 1) * QK_K], bits, packed[start + b, :at])
+        _multiply(rows, m, turned)
+        for i in range(SIZE):
+            v[i] -= turned[i]
+        _norms(v, gamma)
+        _multiply(projection, v, turned)
+        for i in range(SIZE):
+            codes[i] = ONE_CODE if turned[i] >= ZERO else ZERO_CODE
+        for b in range(count):
+            out = packed[start + b]
+            pack(codes[b * QK_K : (b + 1) * QK_K], 1, out[at : at + SIGNS])
+            store_fp16(norm[b], out, at + SIGNS)
+            store_fp16(gamma[b], out, at + SIGNS + 2)
+
+
+@jit
+def _dequantize(packed, first, second, levels, bits, restores, y):
+    """Set y (n, 256) to d times the sum of centroids and what the residual's signs add.
+
+    What restores multiplies centroids by Q and signs by S, first and second by rows; what does not
+    leaves the centroids, and multiplies the product with S, second, by Q, first by columns.
+    """
+    m, s = np.zeros(SIZE, np.float32), np.zeros(SIZE, np.float32)
+    t, u = np.empty(SIZE, np.float32), np.empty(SIZE, np.float32)
+    codes, at = np.empty(QK_K, np.uint8), QK_K * bits // 8
+    for start in range(0, packed.shape[0], BLOCKS):
+        count = min(BLOCKS, packed.shape[0] - start)
+        for b in range(count):
+            block = packed[start + b]
+            unpack(block[:at], bits, codes)
+            for j in range(QK_K):
+                m[b * QK_K + j] = levels[codes[j]]
+            unpack(block[at : at + SIGNS], 1, codes)
+            for j in range(QK_K):
+                s[b * QK_K + j] = ONE if codes[j] else -ONE
+        _multiply(second, s, u)
+        for b in range(count):
+            share = SHARE * load_fp16(packed[start + b], at + SIGNS + 2)
+            for j in range(b * QK_K, (b + 1) * QK_K):
+                u[j] *= share
+        if restores:
+            _multiply(first, m, t)
+        else:
+            _multiply(first, u, t)
+            u[:] = m
+        for b in range(count):
+            d, own = load_fp16(packed[start + b], at + SIGNS), b * QK_K
+            for j in range(QK_K):
+                y[start + b, j] = d * (t[own + j] + u[own + j])
+
+
+@jit
+def _rotate(matrix, x):
+    v, turned = np.zeros(SIZE, np.float32), np.empty(SIZE, np.float32)
+    for start in range(0, x.shape[0], BLOCKS):
+        count = min(BLOCKS, x.shape[0] - start)
+        for b in range(count):
+            v[b * QK_K : (b + 1) * QK_K] = x[start + b]
+        _multiply(matrix, v, turned)
+        for b in range(count):
+            x[start + b] = turned[b * QK_K : (b + 1) * QK_K]
+
+
+def kernels(codec: DenseResidual) -> RowKernels:
+    """Return the kernels of tbqp3_0 or tbqp4_0."""
+    right = codec.rotated and codec.projected and codec.positive and codec.used
+    if codec.transposed or codec.corrected or codec.size != QK_K or not right:
+        raise NotImplementedError("kernels do what the pull request does; others are mutants")
+    bits, size = codec.cells.bits, codec.block_bytes
+    rows, s_rows = qr_rotation(QK_K), gaussian_matrix()
+    columns, s_columns = np.ascontiguousarray(rows.T), np.ascontiguousarray(s_rows.T)
+    edges, table = tuple(codec.cells.edges), codec.cells.levels * SCALE_DOWN
+
+    def quantize(x, packed, first):
+        matrices = (columns, rows, s_columns)
+        _quantize(x.reshape(-1, QK_K), matrices, edges, table, bits, packed.reshape(-1, size))
+
+    def dequantize(packed, y):
+        blocks, values = packed.reshape(-1, size), y.reshape(-1, QK_K)
+        _dequantize(blocks, rows, s_rows, table, bits, True, values)
+
+    def levels(packed, y):
+        blocks, values = packed.reshape(-1, size), y.reshape(-1, QK_K)
+        _dequantize(blocks, columns, s_rows, table, bits, False, values)
+
+    def rotate(x, blocks):
+        _rotate(columns, x)
+
+    def unrotate(x, blocks):
+        _rotate(rows, x)
+
+    return RowKernels(quantize, dequantize, levels, rotate, unrotate)

@@ -1,0 +1,292 @@
+"""Numba kernels of `tbq.families.turbo`, most of them put together from `tbq.kernels.rotated`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tbq.cells import Cells
+from tbq.codec import Codec, RowKernels
+from tbq.families.turbo import (
+    QJL,
+    THREE,
+    THREE_UNIT,
+    OverwrittenCodes,
+    ResidualSigns,
+    RotatedCells,
+    RotatedGrid,
+    Rotation,
+    grid,
+)
+from tbq.kernels import rotated
+from tbq.kernels.compile import jit
+from tbq.kernels.numerics import load_fp16, store_fp16
+from tbq.kernels.rotated import (
+    GROUP,
+    LANES,
+    ONE,
+    ORDERS,
+    OVERWRITTEN,
+    SIZE,
+    SPLIT,
+    STREAM3,
+    STREAMS,
+    TINY,
+    WORDS,
+    ZERO,
+    Plan,
+)
+from tbq.numerics import word_signs
+
+HALF_STEPS, TOP = np.float32(127.5), np.float32(255.0)
+ORDERED = ORDERS["ordered"]
+
+
+def _forward(rotation: Rotation) -> tuple[np.ndarray, np.ndarray]:
+    """Return the factors before and after the transform of R."""
+    if rotation.width != GROUP:
+        raise NotImplementedError("kernels rotate 128 values; other widths are mutants")
+    return word_signs(rotation.before), word_signs(rotation.after) * np.float32(rotation.scale)
+
+
+def _inverse(rotation: Rotation) -> tuple[np.ndarray, np.ndarray]:
+    """Return the factors before and after the transform of the inverse of R."""
+    swapped = Rotation(rotation.after, rotation.before, rotation.scale, rotation.width)
+    return _forward(swapped)
+
+
+def _plan(codec: Codec, cells: Cells, places: np.ndarray, **fields) -> Plan:
+    before, after = _forward(codec.rotation)
+    plan = {
+        "order": ORDERED,
+        "divides": False,
+        "floor": ZERO,
+        "corrected": True,
+        "clears_nan": False,
+        "before": before,
+        "after": after,
+        "upper": True,
+        "scales": rotated.scale_places(codec),
+        "places": places,
+        "zeros": rotated.zero_places(codec),
+    }
+    return Plan(**plan | rotated.split_cells(cells) | fields)
+
+
+def kernels(codec: Codec) -> RowKernels:
+    """Return the kernels of a codec of the family."""
+    if isinstance(codec, RotatedGrid):
+        return _grid(codec)
+    if isinstance(codec, ResidualSigns):
+        return _residual(codec)
+    return _overwritten(codec) if isinstance(codec, OverwrittenCodes) else _cells(codec)
+
+
+def _cells(codec: RotatedCells) -> RowKernels:
+    kind = SPLIT if codec.cells.bits == 3 else STREAMS[codec.cells.bits]
+    plan = _plan(
+        codec,
+        codec.cells,
+        rotated.stored(codec, *codec.layout.codes),
+        order=ORDERS[codec.total],
+        corrected=codec.corrected,
+        clears_nan=codec.clears_nan,
+    )
+    return _row_kernels(codec, plan, kind, kind, codec.cells)
+
+
+def _overwritten(codec: OverwrittenCodes) -> RowKernels:
+    # r exceeds 1e-10 whatever the codes are
+    plan = _plan(codec, THREE_UNIT, rotated.stored(codec, "qs"), divides=True, floor=TINY)
+    return _row_kernels(codec, plan, OVERWRITTEN, STREAM3, THREE_UNIT)
+
+
+def _row_kernels(codec: Codec, plan: Plan, written: int, read: int, cells: Cells) -> RowKernels:
+    """Return kernels for codes that are packed as words of one kind and unpacked as another."""
+    size = codec.block_bytes * codec.group_blocks
+    where = (plan.places, plan.scales, rotated.pair_table(cells.levels, read))
+    back = _inverse(codec.rotation)
+
+    def quantize(x, packed, first):
+        rotated.quantize(x.reshape(-1, GROUP), plan, written, packed.reshape(-1, size))
+
+    def levels(packed, y):
+        rotated.levels(packed.reshape(-1, size), read, *where, y.reshape(-1, GROUP))
+
+    def restore(packed, y):
+        rotated.restore(packed.reshape(-1, size), read, *where, *back, y.reshape(-1, GROUP))
+
+    dequantize = levels if codec.gives == "rotated" else restore
+    return RowKernels(quantize, dequantize, levels, *_rotations(codec.rotation), restore)
+
+
+def _rotations(rotation: Rotation):
+    forward, back = _forward(rotation), _inverse(rotation)
+
+    def rotate(x, blocks):
+        rotated.rotate(x, *forward)
+
+    def unrotate(x, blocks):
+        rotated.rotate(x, *back)
+
+    return rotate, unrotate
+
+
+# --- turbo8 --------------------------------------------------------------------------------------
+
+
+@jit
+def _quantize_grid(x, plan, peaked, packed):
+    v, s = np.empty(SIZE, np.float32), np.empty(SIZE, np.float32)
+    norm, peak = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    inverse, codes = np.empty(LANES, np.float32), np.empty(SIZE, np.int32)
+    for start in range(0, x.shape[0], LANES):
+        count = min(LANES, x.shape[0] - start)
+        rotated.load(x, start, count, v)
+        rotated.norms(v, plan.order, s, norm)
+        rotated.normalise(v, norm, plan, peak)
+        rotated.fwht(v, plan.after)
+        peak[:] = TINY
+        for j in range(GROUP):
+            for lane in range(LANES):
+                size = abs(v[j * LANES + lane])
+                peak[lane] = size if size > peak[lane] else peak[lane]
+        for lane in range(LANES):
+            inverse[lane] = ONE / peak[lane]
+        for j in range(GROUP):
+            for lane in range(LANES):
+                k = j * LANES + lane
+                steps = np.rint((v[k] * inverse[lane]) * HALF_STEPS + HALF_STEPS)
+                steps = steps if steps > ZERO else ZERO  # NaN too
+                codes[k] = np.int32(steps if steps < TOP else TOP)
+        for lane in range(count):
+            out = packed[start + lane]
+            store_fp16(norm[lane] * peak[lane] if peaked else norm[lane], out, 0)
+            for j in range(GROUP):
+                out[2 + j] = np.uint8(codes[j * LANES + lane])
+
+
+@jit
+def _levels_grid(packed, table, y):
+    for b in range(packed.shape[0]):
+        norm = load_fp16(packed[b], 0)
+        for j in range(GROUP):
+            y[b, j] = table[packed[b, 2 + j]] * norm
+
+
+@jit
+def _restore_grid(packed, table, scales, before, after, y):
+    for b in range(packed.shape[0]):
+        for j in range(GROUP):
+            y[b, j] = table[packed[b, 2 + j]]
+    rotated.rotate_and_scale(packed, scales, before, after, y)
+
+
+def _grid(codec: RotatedGrid) -> RowKernels:
+    size, table = codec.block_bytes, grid()
+    plan = _plan(codec, THREE, rotated.stored(codec, "qs"), order=ORDERS[codec.total])
+    back = _inverse(codec.rotation)
+
+    def quantize(x, packed, first):
+        blocks = packed.reshape(-1, size)
+        _quantize_grid(x.reshape(-1, GROUP), plan, codec.peaked, blocks)
+
+    def levels(packed, y):
+        _levels_grid(packed.reshape(-1, size), table, y.reshape(-1, GROUP))
+
+    def restore(packed, y):
+        blocks, values = packed.reshape(-1, size), y.reshape(-1, GROUP)
+        _restore_grid(blocks, table, plan.scales, *back, values)
+
+    return RowKernels(quantize, levels, levels, *_rotations(codec.rotation), restore)
+
+
+# --- turbo4 of March 2026 ------------------------------------------------------------------------
+
+
+@jit
+def _quantize_residual(x, plan, values, before, after, packed):
+    """Quantise x (n, 128); values are centroids by cell, before and after of the residual."""
+    v, c, s = np.empty(SIZE, np.float32), np.empty(SIZE, np.float32), np.empty(SIZE, np.float32)
+    unit, codes = np.empty(SIZE, np.float32), np.empty(SIZE, np.int32)
+    words = np.empty(WORDS * LANES, np.int32)
+    norm, scratch = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    rnorm = np.empty(LANES, np.float32)
+    above, lowest = values
+    for start in range(0, x.shape[0], LANES):
+        count = min(LANES, x.shape[0] - start)
+        rotated.load(x, start, count, v)
+        rotated.norms(v, plan.order, s, norm)
+        rotated.normalise(v, norm, plan, scratch)
+        unit[:] = v
+        rotated.give_signs(unit, plan.before)  # twice the same signs
+        rotated.fwht(v, plan.after)
+        rotated.choose_upper(v, plan.edges, above, lowest, codes, c)
+        rotated.write(codes, start, count, STREAM3, plan.places, words, packed)
+        for k in range(SIZE):
+            v[k] = unit[k] - c[k]
+        rotated.norms(v, plan.order, s, rnorm)
+        rotated.give_signs(v, before)
+        rotated.fwht(v, after)
+        for j in range(GROUP):
+            for lane in range(LANES):
+                k = j * LANES + lane
+                shift = QJL * rnorm[lane]
+                moved = c[k] + (shift if v[k] >= ZERO else -shift)
+                s[k] = moved * moved
+        rotated.correct(norm, plan.order, s, scratch)
+        for lane in range(count):
+            out = packed[start + lane]
+            store_fp16(norm[lane], out, 0)
+            store_fp16(rnorm[lane], out, 2)
+            for g in range(WORDS):
+                byte = 0
+                for i in range(8):
+                    byte |= (1 if v[(8 * g + i) * LANES + lane] >= ZERO else 0) << i
+                out[52 + g] = np.uint8(byte)
+
+
+@jit
+def _moved(block, places, pairs, out):
+    """Set out (128,) to the centroids of a block, moved by the residual's share."""
+    rotated.expand(block, STREAM3, places, pairs, 0, WORDS, ONE, out)
+    shift = QJL * load_fp16(block, 2)
+    for j in range(GROUP):
+        out[j] += shift if (block[52 + j // 8] >> (j % 8)) & 1 else -shift
+
+
+@jit
+def _levels_residual(packed, places, pairs, y):
+    for b in range(packed.shape[0]):
+        _moved(packed[b], places, pairs, y[b])
+        norm = load_fp16(packed[b], 0)
+        for j in range(GROUP):
+            y[b, j] *= norm
+
+
+@jit
+def _restore_residual(packed, places, pairs, scales, before, after, y):
+    for b in range(packed.shape[0]):
+        _moved(packed[b], places, pairs, y[b])
+    rotated.rotate_and_scale(packed, scales, before, after, y)
+
+
+def _residual(codec: ResidualSigns) -> RowKernels:
+    size = codec.block_bytes
+    places = rotated.stored(codec, "qs")
+    plan = _plan(codec, THREE, places)
+    centroids = (rotated.halves(THREE.levels[1:]), THREE.levels[0])
+    residual, back = _forward(codec.residual), _inverse(codec.rotation)
+    pairs = rotated.pair_table(THREE.levels, STREAM3)
+
+    def quantize(x, packed, first):
+        blocks = packed.reshape(-1, size)
+        _quantize_residual(x.reshape(-1, GROUP), plan, centroids, *residual, blocks)
+
+    def levels(packed, y):
+        _levels_residual(packed.reshape(-1, size), places, pairs, y.reshape(-1, GROUP))
+
+    def restore(packed, y):
+        blocks, values = packed.reshape(-1, size), y.reshape(-1, GROUP)
+        _restore_residual(blocks, places, pairs, plan.scales, *back, values)
+
+    return RowKernels(quantize, levels, levels, *_rotations(codec.rotation), restore)
