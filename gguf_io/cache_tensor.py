@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 import tbq
-from gguf_io.dialects import DialectChoice, undecodable
-from gguf_io.parser import release_pages
+from gguf_io.identify import DialectChoice, undecodable
+from gguf_io.mapped import MappedFile
 from gguf_io.state_parser import Rows
 from gguf_io.types import TensorType, Unknown, dequantize_rows
-from tbq import Format, InputError
+from tbq import InputError
+
+# Bytes of columns that are held at a time, where rows are taken out of them.
+COLUMN_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +29,7 @@ class CacheTensor:
         kind: "K", "V", or "R" and "S" of a recurrent memory.
         memory: index into `StateFile.memories`.
         layer: the model's layer number if a model was given, else a count from 0.
-        format: its type: a tbq.Format, a GgmlType, or Unknown.
+        format: its type: a tbq.Format, or Unknown.
         parts: the records it consists of, one per stream that has cells.
         transposed: whether the file holds it column by column.
         n_embd: values per row; None if the type's size is not known.
@@ -47,8 +49,13 @@ class CacheTensor:
     head_dim: int | None
     rotation: tbq.Rotation | None
     sibling: CacheTensor | None
-    _map: mmap.mmap = field(repr=False)
+    _map: MappedFile = field(repr=False)
     _choice: DialectChoice = field(repr=False)
+
+    @property
+    def type_id(self) -> int:
+        """The ggml type id that the file has for it."""
+        return self.parts[0].type_id
 
     @property
     def n_cells(self) -> int:
@@ -81,18 +88,24 @@ class CacheTensor:
         return self.n_embd // self.head_dim if self.head_dim else None
 
     def raw(self, part: int = 0) -> np.ndarray:
-        """Return a view of one stream's bytes: (cells, row_bytes), transposed (n_embd, column)."""
+        """Return a view of one stream's bytes: (cells, row_bytes), transposed (n_embd, column).
+
+        It views a map of the file, and dies with the process if that is truncated; `rows` does not.
+        """
         rows = self.parts[part]
         shape = (rows.n_embd, -1) if self.transposed else (rows.cells, rows.row_bytes)
         n_bytes = rows.cells * rows.row_bytes
         return np.frombuffer(self._map, np.uint8, n_bytes, rows.data).reshape(shape)
 
     def rows(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Return the bytes of rows [start, stop), uint8 (rows, row_bytes); a view if it can be."""
+        """Return the bytes of rows [start, stop), uint8 (rows, row_bytes)."""
         pieces = [self._part_rows(p, a, b) for p, a, b in self._pieces(start, stop)]
         if len(pieces) == 1:
             return pieces[0]
         return np.concatenate(pieces or [np.empty((0, self.row_bytes), np.uint8)])
+
+    def release(self, start: int, stop: int) -> None:
+        """Do nothing: rows are copies, no pages of theirs stay mapped. For callers that were."""
 
     def _pieces(self, start: int, stop: int | None) -> list[tuple[int, int, int]]:
         """Return (part, first, last) for the pieces that rows [start, stop) consist of."""
@@ -106,22 +119,39 @@ class CacheTensor:
         return pieces
 
     def _part_rows(self, part: int, start: int, stop: int) -> np.ndarray:
-        raw = self.raw(part)
-        if not self.transposed:
-            return raw[start:stop]
-        return np.ascontiguousarray(self._elements(part)[:, start:stop].T).view(np.uint8)
+        if self.transposed:
+            return self._of_columns(part, np.arange(start, stop))
+        rows, n = self.parts[part], stop - start
+        data = self._map.read_at(rows.data + start * rows.row_bytes, n * rows.row_bytes)
+        return data.reshape(n, rows.row_bytes)
+
+    def columns(self, part: int, start: int, stop: int) -> np.ndarray:
+        """Return the bytes of columns [start, stop) of one stream, if it is stored in columns."""
+        rows = self.parts[part]
+        width = rows.cells * rows.row_bytes // rows.n_embd
+        return self._map.read_grid(rows.data + start * width, width, stop - start, width)
+
+    def _of_columns(self, part: int, cells: np.ndarray) -> np.ndarray:
+        """Return the bytes of some rows, int (n,), of a stream that is stored in columns."""
+        rows = self.parts[part]
+        size = rows.row_bytes // rows.n_embd
+        out = np.empty((len(cells), rows.n_embd), f"V{size}")
+        if not out.size:
+            return out.view(np.uint8)
+        first, n = int(cells.min()), int(np.ptp(cells)) + 1
+        step = max(1, COLUMN_BYTES // (n * size))
+        for c in range(0, rows.n_embd, step):
+            count = min(step, rows.n_embd - c)
+            start = rows.data + (c * rows.cells + first) * size
+            some = self._map.read_grid(start, rows.cells * size, count, n * size)
+            out[:, c : c + count] = some.view(out.dtype)[:, cells - first].T
+        return out.view(np.uint8)
 
     def blocks(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Return the blocks of rows [start, stop): (rows, blocks), each with the format's fields.
-
-        Types without registered fields come back as uint8 (rows, blocks, block bytes).
-        """
-        rows = self.rows(start, stop)
-        if isinstance(self.format, Format):
-            return np.ascontiguousarray(rows).view(self.format.block)
+        """Return the blocks of rows [start, stop), (rows, blocks), with the format's fields."""
         if isinstance(self.format, Unknown):
             raise undecodable(self.format, self.name, self._choice)
-        return rows.reshape(len(rows), -1, self.format.block_bytes)
+        return self.format.codec.blocks(self.rows(start, stop))
 
     def stored(
         self, start: int = 0, stop: int | None = None, *, threads: int | None = None
@@ -160,15 +190,9 @@ class CacheTensor:
         return out
 
     def _take(self, part: int, cells: np.ndarray) -> np.ndarray:
-        raw = self.raw(part)
-        if not self.transposed:
-            return raw[cells]
-        return np.ascontiguousarray(self._elements(part)[:, cells].T).view(np.uint8)
-
-    def _elements(self, part: int) -> np.ndarray:
-        """View a transposed part as (n_embd, cells) opaque elements."""
-        rows = self.parts[part]
-        return self.raw(part).view(f"V{rows.row_bytes // rows.n_embd}")
+        if self.transposed:
+            return self._of_columns(part, cells)
+        return self._map.read_rows(self.parts[part].data, self.row_bytes, cells)
 
     def _decode(self, rows_of: Callable[[CacheTensor], np.ndarray], threads: int | None):
         if isinstance(self.format, Unknown):
@@ -176,23 +200,14 @@ class CacheTensor:
         rows = rows_of(self)
         if not len(rows) or not self.n_embd:
             return np.empty((len(rows), self.n_embd), np.float32)
-        if isinstance(self.format, Format) and self.format.sibling:
+        if self.format.sibling:
             if self.sibling is None:
                 need = f"a layer of {self.format.sibling} before it, whose codes it borrows"
-                raise InputError(f"tensor {self.name!r}", self.format.key, need)
-            return tbq.dequantize_paired(rows, rows_of(self.sibling), threads=threads)
+                raise InputError(f"tensor {self.name!r}", self.format.label, need)
+            lent = rows_of(self.sibling)
+            return tbq.dequantize_paired(rows, lent, self.format, threads=threads)
         return dequantize_rows(rows, self.format, threads=threads)
 
     def _unrotate(self, stored: np.ndarray) -> np.ndarray:
         heads = stored.reshape(len(stored), self.n_head or 1, self.head_dim or self.n_embd)
         return heads if self.rotation is None else self.rotation.inverse(heads)
-
-    def release(self, start: int, stop: int) -> None:
-        """Let the kernel drop the cached pages of rows [start, stop); they stay readable."""
-        for p, a, b in self._pieces(start, stop):
-            part = self.parts[p]
-            if not self.transposed:
-                first = part.data + a * part.row_bytes
-                release_pages(self._map, first, part.data + b * part.row_bytes)
-            elif b == part.cells:
-                release_pages(self._map, part.data, part.end)

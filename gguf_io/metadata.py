@@ -121,6 +121,16 @@ class Field:
         return cls(GGUFValueType.ARRAY, GGUFValueType.STRING, memoryview(bytes(raw)), starts)
 
 
+def brief(value: Any) -> str:
+    """Return a metadata value for a message: one line, not long, whatever it is."""
+    if isinstance(value, (str, bytes)):
+        return repr(value[:64]) + ("..." if len(value) > 64 else "")
+    if isinstance(value, (np.ndarray, StringArray, list, tuple)):
+        shown = ", ".join(brief(item) for item in value[:4])
+        return f"[{shown}{', ...' if len(value) > 4 else ''}]"
+    return repr(value.item() if isinstance(value, np.generic) else value)[:80]
+
+
 def _numbers(data: memoryview, kind: GGUFValueType) -> np.ndarray:
     if kind is GGUFValueType.BOOL:
         return np.frombuffer(data, np.uint8) != 0
@@ -166,7 +176,11 @@ def _fits(items: Sequence | np.ndarray, dtype: np.dtype) -> bool:
 
 
 class Metadata(Mapping):
-    """The metadata of a file: a mapping from key to decoded value, over `fields`."""
+    """The metadata of a file: a mapping from key to decoded value, over `fields`.
+
+    A file may hold anything under any key. What needs a certain type takes it from `text` or
+    `number`.
+    """
 
     def __init__(self, fields: dict[str, Field]) -> None:
         self.fields = fields
@@ -179,6 +193,17 @@ class Metadata(Mapping):
 
     def __len__(self) -> int:
         return len(self.fields)
+
+    def text(self, key: str) -> str | None:
+        """Return the value of a key that should hold text; None if it is missing or no text."""
+        value = self.get(key)
+        return value if isinstance(value, str) else None
+
+    def number(self, key: str) -> int | None:
+        """Return the value of a key that should hold a count; None if it is missing or none."""
+        value = self.get(key)
+        counts = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        return value if counts else None
 
     def __repr__(self) -> str:
         return f"<Metadata of {len(self)} keys>"

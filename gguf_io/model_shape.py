@@ -7,23 +7,42 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from gguf_io.metadata import StringArray, brief
 from gguf_io.reader import GgufFile, open_gguf
 from tbq import FileFormatError
 
-# Every n-th layer attends to everything, the others to a window, where the metadata does not say.
+# Of every n layers one attends to everything, the others to a window, where the metadata does not
+# say; n = 1: all to everything, 0: all to a window.
 # source: ggml-org/llama.cpp, the calls of set_swa_pattern
 SWA_PERIOD = {
+    "afmoe": 4,
     "cohere2": 4,
+    "exaone-moe": 4,
     "exaone4": 4,
+    "gemma-embedding": 6,
     "gemma2": 2,
     "gemma3": 6,
     "gemma3n": 5,
     "gpt-oss": 2,
+    "laguna": 4,
     "llama4": 4,
+    "modern-bert": 3,
     "olmo2": 4,
+    "phi3": 1,
+    "plamo3": 8,
+    "smallthinker": 4,
 }
+# The one that attends to everything is the first of the n there; elsewhere the last.
+DENSE_FIRST = frozenset({"laguna", "modern-bert", "smallthinker"})
+# The window (llama4: chunk) of architectures whose metadata need not have one; 0 there means none.
+SWA_WINDOW = {"llama4": 8192}
 # Every n-th layer attends, the others are recurrent, where head_count_kv does not say.
 ATTENTION_INTERVAL = {"qwen3next": 4, "qwen35": 4, "qwen35moe": 4}
+
+MAX_LAYERS = 1024
+MAX_NUMBER = 1 << 20  # heads, widths, windows: anything larger is none of a model
 
 
 @dataclass(frozen=True)
@@ -49,6 +68,7 @@ class ModelShape:
     is_recurrent: tuple[bool, ...]
     mrope: bool
     mla: bool
+    swa_assumed: bool = False
 
     @property
     def n_layer(self) -> int:
@@ -72,6 +92,11 @@ class ModelShape:
         """Return the values per head of K or V in a layer."""
         return (self.head_dim_k if kind == "K" else self.head_dim_v)[layer]
 
+    def heads(self, kind: str, layer: int | None = None) -> set[tuple[int, int]]:
+        """Return (heads, values per head) of K or V in a layer, or all that some layer has."""
+        layers = self.attention_layers if layer is None else [layer]
+        return {(self.n_head_kv[il], self.head_dim(kind, il)) for il in layers}
+
 
 def model_shape(model: str | os.PathLike | GgufFile) -> ModelShape:
     """Read the shape from a model file; the metadata suffices, tensors are not looked at.
@@ -83,6 +108,19 @@ def model_shape(model: str | os.PathLike | GgufFile) -> ModelShape:
         return _Keys(model.metadata, model.path).shape()
     with open_gguf(model, follow_splits=False) as file:
         return _Keys(file.metadata, file.path).shape()
+
+
+def _is_number(value: Any) -> bool:
+    """Tell whether a value counts something that a model has."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_NUMBER
+
+
+def _items(value: Any) -> list | None:
+    """Return the first items of an array as Python values; None for anything else."""
+    if isinstance(value, (np.ndarray, StringArray)):
+        some = value[:MAX_LAYERS]
+        return some.tolist() if isinstance(some, np.ndarray) else some
+    return None
 
 
 class _Keys:
@@ -97,33 +135,35 @@ class _Keys:
         self.architecture: str = architecture
 
     def _fail(self, key: str, value: Any, need: str):
-        got = "is missing" if value is None else f"is {value!r}"
-        raise FileFormatError(self.path, None, f"metadata key {key} {got}, need {need}")
+        got = "is missing" if value is None else f"is {brief(value)}"
+        key = key if key.isprintable() else repr(key)
+        raise FileFormatError(self.path, None, f"metadata key {key:.200} {got}, need {need}")
 
     def number(self, key: str, default: int | None = None) -> int:
         name = f"{self.architecture}.{key}"
         value = self.metadata.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 20:
+        if not _is_number(value):
             self._fail(name, value, "a number")
         return value
 
     def per_layer(self, key: str, default: int, n_layer: int) -> tuple[int, ...]:
         """Read a number or an array with one per layer."""
         name = f"{self.architecture}.{key}"
-        value = self.metadata.get(name, default)
-        if not hasattr(value, "__len__"):
+        items = _items(self.metadata.get(name, default))
+        if items is None:
             return (self.number(key, default),) * n_layer
-        if len(value) < n_layer:
-            self._fail(name, list(value), f"one number per layer, {n_layer} in all")
-        return tuple(int(item) for item in value[:n_layer])
+        if len(items) < n_layer or not all(map(_is_number, items[:n_layer])):
+            self._fail(name, items, f"one number per layer, {n_layer} in all")
+        return tuple(items[:n_layer])
 
     def shape(self) -> ModelShape:
         n_layer = self.number("block_count") - self.number("nextn_predict_layers", 0)
-        if not 0 < n_layer <= 1024:
-            self._fail(f"{self.architecture}.block_count", n_layer, "1 to 1024 layers")
+        if not 0 < n_layer <= MAX_LAYERS:
+            self._fail(f"{self.architecture}.block_count", n_layer, f"1 to {MAX_LAYERS} layers")
         n_head = self.per_layer("attention.head_count", 0, n_layer)
         head_dim = self.number("embedding_length", 0) // max(1, *n_head, 1)
         is_swa = self._swa(n_layer)
+        stated = f"{self.architecture}.attention.sliding_window_pattern" in self.metadata
         recurrent = self._recurrent(n_layer, any(n_head))
         n_head_kv = self.per_layer("attention.head_count_kv", max(n_head), n_layer)
         own = n_layer - self.number("attention.shared_kv_layers", 0)
@@ -138,6 +178,7 @@ class _Keys:
             is_recurrent=recurrent,
             mrope=f"{self.architecture}.rope.dimension_sections" in self.metadata,
             mla=f"{self.architecture}.attention.key_length_mla" in self.metadata,
+            swa_assumed=any(is_swa or ()) and not stated,
         )
 
     def _head_dims(self, key: str, default: int, is_swa, n_layer: int) -> tuple[int, ...]:
@@ -146,19 +187,22 @@ class _Keys:
         return tuple(window if swa else full for swa in is_swa or (False,) * n_layer)
 
     def _swa(self, n_layer: int) -> tuple[bool, ...] | None:
-        if not self.number("attention.sliding_window", 0):
+        window = SWA_WINDOW.get(self.architecture, 0)
+        if not self.number("attention.sliding_window", window):
             return (False,) * n_layer
         name = f"{self.architecture}.attention.sliding_window_pattern"
         pattern = self.metadata.get(name, SWA_PERIOD.get(self.architecture))
         if pattern is None:
             return None
-        if hasattr(pattern, "__len__"):
-            if isinstance(pattern, str) or not len(pattern):
+        flags = _items(pattern)
+        if flags is not None:
+            if not flags or not all(isinstance(flag, bool) or _is_number(flag) for flag in flags):
                 self._fail(name, pattern, "a period or one flag per layer")
-            return tuple(bool(pattern[il % len(pattern)]) for il in range(n_layer))
-        if isinstance(pattern, bool) or not isinstance(pattern, int) or pattern < 0:
+            return tuple(bool(flags[il % len(flags)]) for il in range(n_layer))
+        if not _is_number(pattern):
             self._fail(name, pattern, "a period or one flag per layer")
-        return tuple(not pattern or il % pattern < pattern - 1 for il in range(n_layer))
+        dense = 0 if self.architecture in DENSE_FIRST else pattern - 1
+        return tuple(not pattern or il % pattern != dense for il in range(n_layer))
 
     def _interval(self) -> int:
         return self.number("full_attention_interval", ATTENTION_INTERVAL.get(self.architecture, 0))

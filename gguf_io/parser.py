@@ -2,14 +2,15 @@
 
 Nothing in the file is trusted. Every length is compared with the bytes that are left before
 anything is read or allocated, and the limits are those of llama.cpp's own loader (ggml/src/gguf.cpp
-at f112d6de7), or stricter where that one would crash: zero-sized dimensions are refused.
+at f112d6de7) and of its later versions, which read tensors without elements and scalars too. Names
+may be as long as the largest GGML_MAX_NAME in use; those that stock builds do not read give a
+warning.
 """
 
 from __future__ import annotations
 
-import mmap
+import math
 import os
-import stat
 import struct
 from array import array
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFValueType
 
+from gguf_io.mapped import MappedFile, map_file
 from gguf_io.metadata import SCALARS, Field
 from tbq import FileFormatError
 
@@ -24,10 +26,11 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_STRING = 1 << 30
 MAX_ARRAY = 1 << 30
-MAX_NAME = 63
+MAX_NAME = 63  # GGML_MAX_NAME is 64
+MAX_READ_NAME = 127  # and 128 where programs set it, as stable-diffusion.cpp does
 MAX_DIMS = 4
 MIN_FIELD = 8 + 4 + 1  # an empty key, a type and one byte
-MIN_TENSOR = 8 + 4 + 8 + 4 + 8
+MIN_TENSOR = 8 + 4 + 4 + 8  # an empty name and no dimensions
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
@@ -43,52 +46,34 @@ class TensorRecord:
     offset: int
     where: int  # where the record stands in the file
 
+    @property
+    def row_values(self) -> int:
+        """Values per row; a scalar is a row of one."""
+        return self.ne[0] if self.ne else 1
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are; none if there are no values."""
+        return math.prod(self.ne[1:]) if self.row_values else 0
+
 
 @dataclass
 class ParsedFile:
     """A mapped file and its parsed header."""
 
     path: Path
-    map: mmap.mmap
+    map: MappedFile
     version: int = 0
     fields: dict[str, Field] = field(default_factory=dict)
     records: list[TensorRecord] = field(default_factory=list)
     alignment: int = GGUF_DEFAULT_ALIGNMENT
     data_start: int = 0
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def size(self) -> int:
         """Bytes in the file."""
         return len(self.map)
-
-    def release(self, start: int, stop: int) -> None:
-        """Tell the kernel that the pages of [start, stop) are not needed for now."""
-        release_pages(self.map, start, stop)
-
-
-def map_file(path: str | os.PathLike) -> mmap.mmap:
-    """Map a regular, non-empty file read-only.
-
-    Raises:
-        FileFormatError: the path is not a regular file, or it is empty.
-        OSError: it cannot be opened.
-    """
-    with open(path, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise FileFormatError(path, None, "not a regular file")
-        if status.st_size == 0:
-            raise FileFormatError(path, 0, "the file is empty")
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-def release_pages(mapped: mmap.mmap, start: int, stop: int) -> None:
-    """Tell the kernel that the pages of [start, stop) are not needed for now."""
-    if hasattr(mmap, "MADV_DONTNEED"):
-        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-        last = stop // mmap.PAGESIZE * mmap.PAGESIZE
-        if last > first:
-            mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def parse(path: str | os.PathLike) -> ParsedFile:
@@ -247,18 +232,23 @@ class _Parser:
 
     def _tensor(self) -> TensorRecord:
         where = self.at
-        name = self._name("tensor name", MAX_NAME)
+        name = self._name("tensor name", MAX_READ_NAME)
+        if (n_bytes := len(name.encode())) > MAX_NAME:
+            text = (
+                f"tensor {name!r} has a name of {n_bytes} bytes; stock llama.cpp reads {MAX_NAME}"
+            )
+            self.file.warnings.append(text)
         if "\0" in name or ".." in name.split("/"):
             self._fail(where, f"tensor name {name!r} holds a NUL or a parent-directory step")
         n_dims = self._u32(f"dimension count of {name!r}")
-        if not 1 <= n_dims <= MAX_DIMS:
-            self._fail(where, f"tensor {name!r} has {n_dims} dimensions, ggml has 1 to {MAX_DIMS}")
+        if n_dims > MAX_DIMS:
+            self._fail(where, f"tensor {name!r} has {n_dims} dimensions, ggml has up to {MAX_DIMS}")
         ne = tuple(self._u64(f"dimension of {name!r}") for _ in range(n_dims))
         elements = 1
         for n in ne:
-            elements *= n
-            if n == 0 or elements >= 1 << 63:
-                self._fail(where, f"tensor {name!r} has shape {list(ne)}: empty or beyond 2^63")
+            elements *= n or 1
+            if elements >= 1 << 63:
+                self._fail(where, f"tensor {name!r} has shape {list(ne)}: beyond 2^63")
         type_id = self._u32(f"type of {name!r}")
         offset = self._u64(f"offset of {name!r}")
         if offset % self.file.alignment:

@@ -6,24 +6,28 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from gguf_io.dialects import (
+from gguf_io.identify import (
+    DIALECT_KEY,
+    RELEASE_KEY,
     DialectChoice,
-    choose_dialect,
-    extents,
-    tensor_type,
+    gguf_rows,
+    identify,
     undecodable,
 )
-from gguf_io.metadata import Metadata
+from gguf_io.metadata import Metadata, brief
 from gguf_io.parser import ParsedFile, TensorRecord, parse
 from gguf_io.types import TensorType, Unknown, dequantize_rows, row_bytes
 from tbq import FileFormatError, InputError
 
 SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
+# CRC-32 of all shards of a set that was written here, with 0 in its place: the same in each.
+SET_KEY = "tbq.split.crc32"
+PIECE_BYTES = 1 << 24
 _SPLIT_NAME = re.compile(r"(?P<prefix>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
@@ -39,7 +43,8 @@ class GgufTensor:
     Attributes:
         name: its name.
         ggml_shape: ggml's `ne`, fastest axis first.
-        format: its type: a tbq.Format, a GgmlType, or Unknown.
+        format: its type: a tbq.Format, or Unknown.
+        type_id: the number the file has for it.
         n_bytes: bytes of data; for Unknown all there is up to the next tensor.
         data_offset: where they start in the file.
         shard: index of the shard it lies in.
@@ -48,11 +53,12 @@ class GgufTensor:
     name: str
     ggml_shape: tuple[int, ...]
     format: TensorType
+    type_id: int
     n_bytes: int
     data_offset: int
     shard: int
-    _file: ParsedFile
-    _choice: DialectChoice
+    _file: ParsedFile = field(repr=False)
+    _choice: DialectChoice = field(repr=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,50 +66,118 @@ class GgufTensor:
         return self.ggml_shape[::-1]
 
     @property
-    def type_id(self) -> int:
-        """The ggml type id."""
-        return self.format.type_id
-
-    @property
     def n_values(self) -> int:
-        """The number of values."""
+        """The number of values; 1 for a scalar."""
         return math.prod(self.ggml_shape)
 
     @property
+    def row_values(self) -> int:
+        """Values per row; a scalar is a row of one."""
+        return self.ggml_shape[0] if self.ggml_shape else 1
+
+    @property
     def n_rows(self) -> int:
-        """The number of rows, all leading axes together."""
-        return self.n_values // self.ggml_shape[0]
+        """The number of rows, all leading axes together; none if there are no values."""
+        return self.n_values // self.row_values if self.row_values else 0
 
     @property
     def raw(self) -> np.ndarray:
-        """The stored bytes as a read-only view: (..., row_bytes), or flat for Unknown types."""
-        data = np.frombuffer(self._file.map, np.uint8, self.n_bytes, self.data_offset)
-        return data if isinstance(self.format, Unknown) else data.reshape(*self.shape[:-1], -1)
+        """The stored bytes as a read-only view: (..., row_bytes), or flat for Unknown types.
+
+        It views a map of the file, and dies with the process if that is truncated; `rows` and
+        `pieces` do not.
+        """
+        if isinstance(self.format, Unknown):
+            return self._bytes()
+        if not self.n_rows:
+            return self._nothing((*self.shape[:-1], 0), np.uint8)
+        return self._bytes().reshape(*self.shape[:-1], self.n_bytes // self.n_rows)
+
+    def _nothing(self, shape: tuple[int, ...], dtype: type = np.float32) -> np.ndarray:
+        """Return an array without elements; InputError if NumPy has none of such a shape."""
+        try:
+            return np.empty(shape, dtype)
+        except ValueError:
+            need = "axes that an array can have"
+            raise InputError(f"tensor {self.name!r}", f"shape {shape}", need) from None
+
+    def _bytes(self) -> np.ndarray:
+        if not self.n_bytes:  # where they would be can lie beyond the end of the file
+            return np.empty(0, np.uint8)
+        return np.frombuffer(self._file.map, np.uint8, self.n_bytes, self.data_offset)
+
+    def read(self, start: int, n_bytes: int) -> np.ndarray:
+        """Return stored bytes [start, start + n_bytes), uint8."""
+        return self._file.map.read_at(self.data_offset + start, n_bytes)
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Return the stored bytes of rows [start, stop), a view (rows, row_bytes)."""
-        return self.raw.reshape(self.n_rows, -1)[start:stop]
+        """Return the stored bytes of rows [start, stop), uint8 (rows, row_bytes).
+
+        Raises:
+            InputError: the type is unknown, so that its bytes do not fall into rows.
+        """
+        if isinstance(self.format, Unknown):
+            raise undecodable(self.format, self.name, self._choice)
+        if not self.n_rows:
+            return np.empty((0, 0), np.uint8)
+        start, stop, _ = slice(start, stop).indices(self.n_rows)
+        width = self.n_bytes // self.n_rows
+        return self.read(start * width, (stop - start) * width).reshape(stop - start, width)
+
+    def release(self, start: int, stop: int) -> None:
+        """Do nothing: rows are copies, no pages of theirs stay mapped. For callers that were."""
+
+    def rows_at(self, rows: np.ndarray) -> np.ndarray:
+        """Return the stored bytes of some rows, int (n,), as uint8 (n, row_bytes)."""
+        return self._file.map.read_rows(self.data_offset, self.n_bytes // self.n_rows, rows)
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        """Yield all stored bytes, uint8 (n,), a piece at a time."""
+        for start in range(0, self.n_bytes, PIECE_BYTES):
+            yield self.read(start, min(PIECE_BYTES, self.n_bytes - start))
+
+    def require_decodable(self) -> None:
+        """Raise the error that `dequantize` would, having decoded no more than one group."""
+        if isinstance(self.format, Unknown):
+            raise undecodable(self.format, self.name, self._choice)
+        if self.n_values:
+            width = self.format.row_bytes(self.format.group_values)
+            dequantize_rows(self.read(0, width)[None], self.format)
 
     def dequantize_rows(self, start: int, stop: int, *, threads: int | None = None) -> np.ndarray:
         """Dequantise rows [start, stop) to float32 (rows, n); see `dequantize`."""
         if isinstance(self.format, Unknown):
             raise undecodable(self.format, self.name, self._choice)
+        if not self.n_values:
+            return self._nothing((0, self.row_values))
         return dequantize_rows(self.rows(start, stop), self.format, threads=threads)
 
+    def dequantize_piece(
+        self, rows: slice, values: slice, *, threads: int | None = None
+    ) -> np.ndarray:
+        """Dequantise whole rows, or values [start, stop) of a single one, to float32 (rows, n).
+
+        A part of a row starts and ends between groups, and its format has nothing before a row.
+        """
+        if values.stop - values.start == self.ggml_shape[0]:
+            return self.dequantize_rows(rows.start, rows.stop, threads=threads)
+        width = self.n_bytes // self.n_rows
+        first, last = (row_bytes(self.format, n) if n else 0 for n in (values.start, values.stop))
+        part = self.read(rows.start * width + first, last - first)[None]
+        return dequantize_rows(part, self.format, threads=threads)
+
     def dequantize(self, *, threads: int | None = None) -> np.ndarray:
-        """Dequantise to float32 of `shape`; f32 tensors come back as a read-only view.
+        """Dequantise to float32 of `shape`.
 
         Raises:
             AmbiguousTypeError: several dialects fit the type id; open the file with `dialect=`.
             InputError: nothing is known of the type.
             BackendError: gguf-py cannot decode it.
         """
+        if not self.n_values:
+            self.require_decodable()
+            return self._nothing(self.shape)
         return self.dequantize_rows(0, self.n_rows, threads=threads).reshape(self.shape)
-
-    def release(self, start: int, stop: int) -> None:
-        """Let the kernel drop the cached pages of rows [start, stop); they stay readable."""
-        width = self.n_bytes // self.n_rows
-        self._file.release(self.data_offset + start * width, self.data_offset + stop * width)
 
 
 class GgufFile:
@@ -116,7 +190,8 @@ class GgufFile:
         alignment: data alignment of the first shard.
         metadata: mapping from key to value; `metadata.fields` keeps the exact bytes.
         tensors: mapping from name to GgufTensor, in file order.
-        dialect, dialect_reason, dialect_guessed: how fork type ids were read, and why.
+        dialect, release, dialect_reason, dialect_guessed: how type ids were read, and why.
+        warnings: what is unusual about it, one sentence each.
     """
 
     def __init__(self, files: list[ParsedFile], choice: DialectChoice) -> None:
@@ -127,8 +202,10 @@ class GgufFile:
         self.alignment = files[0].alignment
         self.metadata = Metadata(files[0].fields)
         self.dialect = choice.dialect
+        self.release = choice.release
         self.dialect_reason = choice.reason
         self.dialect_guessed = choice.guessed
+        self.warnings = tuple(text for file in files for text in file.warnings)
         self.tensors: dict[str, GgufTensor] = {}
         for shard, file in enumerate(files):
             for tensor in _tensors(file, shard, choice):
@@ -136,6 +213,16 @@ class GgufFile:
                     reason = f"tensor {tensor.name!r} is in an earlier shard too"
                     raise FileFormatError(file.path, None, reason)
                 self.tensors[tensor.name] = tensor
+
+    @property
+    def architecture(self) -> str | None:
+        """The model's architecture, such as "llama"; None if the file has no text for it."""
+        return self.metadata.text("general.architecture")
+
+    def check_unchanged(self) -> None:
+        """Raise FileFormatError if a file is not what it was when it was opened."""
+        for file in self._files:
+            file.map.check_unchanged()
 
     def close(self) -> None:
         """Unmap the files, unless arrays that view them are still alive."""
@@ -166,9 +253,10 @@ def open_gguf(
 
     Args:
         path: the file.
-        dialect: whose type ids from 42 up are meant; if omitted, the file's own `tbq.dialect`,
-            else the one registered dialect whose sizes and scales fit. Tensors of ids that stay
-            unexplained get the type Unknown and keep their raw bytes.
+        dialect: whose type ids are meant, `dialect` or `dialect@release`; if omitted, what the
+            file's own `tbq.dialect` says, else the one registered dialect that fits, see
+            `gguf_io.identify`. Tensors of ids that stay unexplained get the type Unknown and keep
+            their raw bytes.
         follow_splits: whether to open the other shards of a split model too.
 
     Raises:
@@ -179,15 +267,32 @@ def open_gguf(
     """
     first = parse(path)
     files = [first, *_other_shards(first)] if follow_splits else [first]
-    return GgufFile(files, choose_dialect(files, dialect))
+    stored = [rows for f in files for rows in gguf_rows(f, zip(f.records, extents(f), strict=True))]
+    return GgufFile(files, identify(stored, first.path, dialect, _stated(first)))
+
+
+def _stated(first: ParsedFile) -> tuple[object, object] | None:
+    """Return the dialect and release that a file says its ids are of; None if it says nothing."""
+    if DIALECT_KEY not in first.fields:
+        return None
+    release = first.fields.get(RELEASE_KEY)
+    return first.fields[DIALECT_KEY].value, None if release is None else release.value
+
+
+def extents(file: ParsedFile) -> list[int]:
+    """Return where the space of each tensor ends: at the next tensor, or at the end of the file."""
+    data_bytes = max(0, file.size - file.data_start)
+    following = [record.offset for record in file.records[1:]]
+    return [min(stop, data_bytes) for stop in [*following, data_bytes]][: len(file.records)]
 
 
 def _split_number(file: ParsedFile, key: str, default: int) -> int:
     if key not in file.fields:
         return default
-    value = file.fields[key].value
-    if not isinstance(value, int):
-        raise FileFormatError(file.path, None, f"{key} is {value!r}, not an integer")
+    value = Metadata(file.fields).number(key)
+    if value is None:
+        got = brief(file.fields[key].value)
+        raise FileFormatError(file.path, None, f"{key} is {got}, not an integer from 0 up")
     return value
 
 
@@ -213,6 +318,10 @@ def _other_shards(first: ParsedFile) -> Iterator[ParsedFile]:
         if found != (no, count):
             reason = f"split.no and split.count are {found}, shard {(no, count)} was expected"
             raise FileFormatError(path, None, reason)
+        mine, theirs = (_split_number(f, SET_KEY, -1) for f in (shard, first))
+        if mine != theirs:
+            reason = f"shard {no + 1} is not of the set that {first.path.name} is of: {SET_KEY}"
+            raise FileFormatError(path, None, f"{reason} is {mine}, not {theirs}")
         n_tensors += len(shard.records)
         yield shard
     expected = _split_number(first, "split.tensors.count", n_tensors)
@@ -225,7 +334,7 @@ def _tensors(file: ParsedFile, shard: int, choice: DialectChoice) -> Iterator[Gg
     """Check that the tensors lie one after the other, as llama.cpp demands, and yield them."""
     expected = 0
     for record, stop in zip(file.records, extents(file), strict=True):
-        kind = tensor_type(record.type_id, choice.dialect)
+        kind = choice.type_of(record.type_id)
         if record.offset != expected:
             reason = f"tensor {record.name!r} is at offset {record.offset}, not at {expected}"
             raise FileFormatError(file.path, record.where, reason)
@@ -234,6 +343,7 @@ def _tensors(file: ParsedFile, shard: int, choice: DialectChoice) -> Iterator[Gg
             record.name,
             record.ne,
             kind,
+            record.type_id,
             n_bytes,
             file.data_start + record.offset,
             shard,
@@ -244,16 +354,16 @@ def _tensors(file: ParsedFile, shard: int, choice: DialectChoice) -> Iterator[Gg
 
 
 def _n_bytes(file: ParsedFile, record: TensorRecord, kind: TensorType, stop: int) -> int:
-    left = file.size - file.data_start - record.offset
+    left = max(0, file.size - file.data_start - record.offset)
     if isinstance(kind, Unknown):
-        n_bytes = stop - record.offset
+        n_bytes = stop - record.offset if record.rows else 0
     else:
         try:
-            n_bytes = row_bytes(kind, record.ne[0]) * (math.prod(record.ne) // record.ne[0])
+            n_bytes = row_bytes(kind, record.row_values) * record.rows if record.row_values else 0
         except InputError as error:
             reason = f"tensor {record.name!r}: {error}"
             raise FileFormatError(file.path, record.where, reason) from None
-    if n_bytes > left or n_bytes <= 0:
-        reason = f"tensor {record.name!r} takes {n_bytes} bytes, the file has {max(0, left)} left"
+    if n_bytes > left or (n_bytes <= 0 and record.rows):
+        reason = f"tensor {record.name!r} takes {n_bytes} bytes, the file has {left} left"
         raise FileFormatError(file.path, record.where, reason)
     return n_bytes

@@ -8,7 +8,6 @@ attention graph rotated K and V before it stored them (`rotation`).
 
 from __future__ import annotations
 
-import mmap
 import os
 import struct
 from dataclasses import dataclass, replace
@@ -16,14 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-import tbq
-from gguf_io import dialects
 from gguf_io.cache_tensor import CacheTensor
-from gguf_io.dialects import DialectChoice
 from gguf_io.graph_rotation import RotationChoice, choose_rotation
+from gguf_io.identify import DialectChoice, StoredRows, identify, known_dialect
+from gguf_io.mapped import MappedFile, map_file
 from gguf_io.model_shape import ModelShape, model_shape
 from gguf_io.parser import MAGIC as GGUF_MAGIC
-from gguf_io.parser import map_file
 from gguf_io.reader import GgufFile
 from gguf_io.state_parser import (
     BLOB_MAGIC,
@@ -41,14 +38,12 @@ from gguf_io.state_parser import (
     Rows,
     readings,
 )
-from gguf_io.types import FIRST_FORK_ID, TensorType, Unknown
+from gguf_io.types import TensorType, Unknown
 from tbq import AmbiguousTypeError, FileFormatError, Format, InputError
-from tbq.registry import BACKEND_OF
+from tbq.registry import dialects, get_dialect, split_dialect
 
 # A version does not tell the forks apart: each wrote other bytes under these numbers.
 VERSIONS = {SESSION_MAGIC: (9,), SEQUENCE_MAGIC: (2,)}
-# The dialect (and its backends) whose KV memories start with the deferred-state byte.
-DEFERRED_DIALECT = "llama-tq"
 # Assumed where neither the caller nor a model says: most models have it.
 USUAL_HEAD_DIMS = (128, 64)
 # The first token of a list that llama-server serialised with its media chunks.
@@ -87,7 +82,7 @@ class StateFile:
         memories: the parsed records, KvMemory or RecurrentMemory.
         memory_names: "kv", "base", "swa" or "recurrent" for each.
         tensors: mapping from name to CacheTensor, in file order.
-        dialect, dialect_reason, dialect_guessed: how fork type ids were read, and why.
+        dialect, release, dialect_reason, dialect_guessed: how type ids were read, and why.
         rotation: which rotations K and V are taken to be stored under, and why.
         head_dim_reason: where head_dim comes from.
         model: the ModelShape that was given, or None.
@@ -96,7 +91,7 @@ class StateFile:
     def __init__(
         self,
         path: Path,
-        mapped: mmap.mmap,
+        mapped: MappedFile,
         container: Container,
         reading: Reading,
         layout_reason: str,
@@ -112,12 +107,14 @@ class StateFile:
         self.memories = reading.memories
         self.memory_names = memory_names(reading.layout.memory)
         self.dialect = choice.dialect
+        self.release = choice.release
         self.dialect_reason = choice.reason
         self.dialect_guessed = choice.guessed
         self.model = heads.model
         bare = _cache_tensors(self, choice, heads)
         self.head_dim_reason = heads.reason
-        self.rotation: RotationChoice = choose_rotation(rotation, bare, self.staging)
+        graph = choice.dialect or (deferring_dialects()[0] if self.staging else None)
+        self.rotation: RotationChoice = choose_rotation(rotation, bare, self.staging, graph)
         self.tensors = {t.name: t for t in _rotated(bare, self.rotation)}
 
     @property
@@ -158,6 +155,10 @@ class StateFile:
             return [found.cells]
         return [stream.cells for stream in found.streams]
 
+    def check_unchanged(self) -> None:
+        """Raise FileFormatError if the file is not what it was when it was opened."""
+        self._map.check_unchanged()
+
     def close(self) -> None:
         """Unmap the file, unless arrays that view it are still alive."""
         self.tensors, self.memories = {}, ()
@@ -196,7 +197,8 @@ def open_state(
 
     Args:
         path: the file.
-        dialect: whose type ids from 42 up are meant; if omitted, the registered dialect that fits.
+        dialect: whose type ids are meant, `dialect` or `dialect@release`; if omitted, the
+            registered dialect that fits, see `gguf_io.identify`.
         model: the GGUF of the model that wrote the dump, metadata suffices: gives layer numbers
             and heads, and is checked against the dump.
         rotation: whether the graph rotated K and V before it stored them. "auto": where the fork
@@ -220,7 +222,7 @@ def open_state(
     """
     if memory is not None and memory not in MEMORY_CLASSES:
         raise InputError("memory", repr(memory), f"one of {', '.join(MEMORY_CLASSES)}")
-    dialect = None if dialect is None else dialects.checked_dialect(dialect)
+    dialect = None if dialect is None else known_dialect(dialect)
     shape = model if isinstance(model, ModelShape | None) else model_shape(model)
     path, mapped = Path(path), map_file(path)
     wanted = {
@@ -262,8 +264,13 @@ def _distance_to_done(state: int) -> int:
 
 
 def writes_deferred(dialect: str) -> bool:
-    """Tell whether a dialect's KV memories start with the deferred-state byte."""
-    return BACKEND_OF.get(dialect, dialect) == DEFERRED_DIALECT
+    """Tell whether the KV memories of a `dialect[@release]` start with the deferred-state byte."""
+    return split_dialect(dialect)[0].state.deferred
+
+
+def deferring_dialects() -> list[str]:
+    """Return the dialects whose KV memories start with the deferred-state byte."""
+    return [name for name in dialects() if writes_deferred(name)]
 
 
 def memory_names(memory: str) -> tuple[str, ...]:
@@ -275,7 +282,7 @@ def memory_names(memory: str) -> tuple[str, ...]:
 # --- which reading -------------------------------------------------------------------------------
 
 
-def _containers(path: Path, mapped: mmap.mmap, any_version: bool) -> list[Container]:
+def _containers(path: Path, mapped: MappedFile, any_version: bool) -> list[Container]:
     """Return what the start of the file can be; several only for blobs without a magic."""
     cursor = Cursor(mapped)
     try:
@@ -327,7 +334,7 @@ def _architecture(cursor: Cursor) -> str:
 
 def _read(
     path: Path,
-    mapped: mmap.mmap,
+    mapped: MappedFile,
     wanted: dict[str, object],
     shape: ModelShape | None,
     any_version: bool,
@@ -398,9 +405,17 @@ def _model_misfit(reading: Reading, shape: ModelShape) -> str | None:
             have, need = ("V", "none") if shape.mla else ("no V", "some")
             return f"{name} has {have} rows, {shape.architecture} needs {need}"
         for stream in found.streams:
-            if layers is not None and len(stream.cells) and len(stream.keys) != len(layers):
+            if not len(stream.cells) or layers is None:
+                continue
+            if shape.swa_assumed and "iswa" in memory:
+                continue
+            if len(stream.keys) != len(layers):
                 have = f"{name} holds {len(stream.keys)} layers"
                 return f"{have}, {shape.architecture} has {len(layers)} there"
+    streams = [s for m in reading.memories if isinstance(m, KvMemory) for s in m.streams[:1]]
+    found, own = sum(len(s.keys) for s in streams), len(shape.attention_layers)
+    if found > own or (found < own and all(len(s.cells) for s in streams)):
+        return f"its caches hold {found} layers, {shape.architecture} has {own}"
     return None
 
 
@@ -414,48 +429,45 @@ def _records(reading: Reading) -> list[Rows]:
 
 
 def _choose_dialect(
-    path: Path, mapped: mmap.mmap, reading: Reading, given: str | None
+    path: Path, mapped: MappedFile, reading: Reading, given: str | None
 ) -> DialectChoice:
-    records = [rows for rows in _records(reading) if rows.type_id >= FIRST_FORK_ID]
-    if given is not None:
-        misfit = _dialect_misfit(mapped, records, given)
-        if misfit:
-            raise FileFormatError(path, None, f"dialect {given} does not fit: {misfit}")
-        return DialectChoice(given, "given by the caller")
-    if reading.layout.deferred:
-        reason = (
-            f"KV memories start with the deferred-state byte, which only {DEFERRED_DIALECT} has"
+    stored = [
+        StoredRows(
+            f"{rows.kind} rows at byte {rows.where}",
+            rows.type_id,
+            mapped,
+            rows.data,
+            rows.cells,
+            row_bytes=rows.row_bytes,
         )
-        misfit = _dialect_misfit(mapped, records, DEFERRED_DIALECT)
-        if misfit:
-            return DialectChoice(None, f"{reason}, but {misfit}")
-        return DialectChoice(DEFERRED_DIALECT, reason, guessed=bool(records))
-    ids = sorted({rows.type_id for rows in records})
-    if not ids:
-        return DialectChoice(None, f"no type id from {FIRST_FORK_ID} up")
-    fitting = [
-        name
-        for name in tbq.dialects()
-        if not writes_deferred(name) and not _dialect_misfit(mapped, records, name)
+        for rows in _records(reading)
     ]
-    return dialects.guess_dialect(fitting, ids)
-
-
-def _dialect_misfit(mapped: mmap.mmap, records: list[Rows], dialect: str) -> str | None:
-    for rows in records:
-        fmt = dialects.tensor_type(rows.type_id, dialect)
-        where = f"{rows.kind} rows at byte {rows.where}"
-        if isinstance(fmt, Unknown):
-            return f"{dialect} has no type id {rows.type_id} ({where})"
-        if rows.row_bytes % fmt.block_bytes:
-            return f"{where} are {rows.row_bytes} bytes long, blocks of {fmt.key} {fmt.block_bytes}"
-        n = rows.cells * rows.row_bytes // fmt.block_bytes
-        if dialects.scales_misplaced(fmt, mapped, rows.data, n):
-            return f"{where} have negative scales where {fmt.key} keeps its norms"
-    return None
+    if given is not None or not reading.layout.deferred:
+        streams = [s for m in reading.memories if isinstance(m, KvMemory) for s in m.streams]
+        footed = any(stream.fingerprint is not None for stream in streams)
+        plain = [
+            name
+            for name in dialects()
+            if not writes_deferred(name) and (not footed or get_dialect(name).state.footed)
+        ]
+        return identify(stored, path, given, among=plain)
+    owner = deferring_dialects()[0]
+    reason = f"KV memories start with the deferred-state byte, which only {owner} has"
+    try:
+        found = identify(stored, path, owner)
+    except FileFormatError as misfit:
+        return DialectChoice(None, f"{reason}, but {misfit.reason}")
+    own = owner in {found.type_of(rows.type_id).dialect for rows in stored}
+    return DialectChoice(owner, reason, guessed=own, release=found.release)
 
 
 # --- views ---------------------------------------------------------------------------------------
+
+
+COUNTED = (
+    "; layers are counted from 0 in each cache, since which of the model's attend to a window is "
+    "not known"
+)
 
 
 class Heads:
@@ -473,12 +485,16 @@ class Heads:
         if len(pair) != 2 or any(n is not None and (n != int(n) or n < 1) for n in pair):
             raise InputError("head_dim", repr(head_dim), "a positive number, or two for K and V")
         self.given = dict(zip("KV", pair, strict=True))
+        self.counted = False  # whether layer numbers are only counts within their cache
         self.reason = "there are no attention layers"
 
     def layers(self, part: int, count: int) -> list[int]:
         """Return the layer numbers of the layers of a KV memory."""
         known = self.model.cache_layers(self.layout.memory, part) if self.model else None
-        return known if known is not None and len(known) == count else list(range(count))
+        if known is not None and len(known) == count:
+            return known
+        self.counted = self.model is not None and count > 0
+        return list(range(count))
 
     def recurrent_layers(self, memory: RecurrentMemory) -> list[int]:
         """Return the layer numbers of the layers that have recurrent state."""
@@ -488,28 +504,35 @@ class Heads:
         known = [il for il, recurrent in enumerate(self.model.is_recurrent) if recurrent]
         return known if len(known) == count else list(range(count))
 
-    def head_dim(self, kind: str, layer: int, n_embd: int) -> int:
-        """Return the values per head of a row.
+    def head_dim(self, kind: str, layer: int, n_embd: int, fmt: TensorType) -> int:
+        """Return the values per head of a row, with what the fork's cache pads them to.
 
         Raises:
             InputError: the width that was given does not divide the row.
-            FileFormatError: the model has rows of another width.
+            FileFormatError: the model has rows of another width; or the fork has cut padded rows
+                as if they were not.
         """
         given = self.given[kind]
         if given is not None:
-            if n_embd % given:
+            width = self._stored(kind, layer, given, fmt)
+            if n_embd % width:
                 need = f"a divisor of the {n_embd} values of {kind} rows (layer {layer})"
-                raise InputError("head_dim", str(given), need)
-            self.reason = f"head_dim {given} was given"
-            return given
+                raise InputError("head_dim", str(width), need)
+            self.reason = f"head_dim {given} was given{self._padding(given, width)}"
+            return width
         if self.model is not None:
-            width = self.model.head_dim(kind, layer)
-            if width * self.model.n_head_kv[layer] != n_embd:
-                need = f"{self.model.n_head_kv[layer]} heads of {width}"
+            heads = self.model.heads(kind, None if self.counted else layer)
+            stored = [(n, width, self._stored(kind, layer, width, fmt)) for n, width in heads]
+            widths = {(width, whole) for n, width, whole in stored if n * whole == n_embd}
+            if not widths:
+                need = " or ".join(f"{n} heads of {whole}" for n, _, whole in sorted(stored))
                 reason = f"{kind} rows of layer {layer} have {n_embd} values, not {need}"
                 raise FileFormatError(self.path, None, f"not a dump of the given model: {reason}")
-            self.reason = "heads are the model's"
-            return width
+            if len(widths) == 1:
+                ((width, whole),) = widths
+                self.reason = "heads are the model's" + self._padding(width, whole)
+                self.reason += COUNTED if self.counted else ""
+                return whole
         width = n_embd
         if self.layout.values:  # a latent (MLA) row is one head
             width = next((n for n in USUAL_HEAD_DIMS if n_embd % n == 0), n_embd)
@@ -517,6 +540,24 @@ class Heads:
             f"head_dim {width} is assumed: the file does not say; model= or head_dim= does"
         )
         return width
+
+    def _stored(self, kind: str, layer: int, head_dim: int, fmt: TensorType) -> int:
+        """Return what a head of the model takes in a row; FileFormatError if its end is cut off."""
+        if isinstance(fmt, Unknown):
+            return head_dim
+        state = get_dialect(fmt.dialect).state
+        whole = state.head_values(fmt, head_dim)
+        if whole != head_dim and not state.keeps_padding:
+            reason = f"{kind} of layer {layer} has heads of {head_dim} values"
+            fault = (
+                f"{fmt.dialect}'s cache pads them to {whole}, but writes rows without the padding"
+            )
+            raise FileFormatError(self.path, None, f"{reason}: {fault}, which leaves no whole rows")
+        return whole
+
+    @staticmethod
+    def _padding(width: int, whole: int) -> str:
+        return "" if width == whole else f", padded from {width} to {whole} values"
 
 
 def _cache_tensors(state: StateFile, choice: DialectChoice, heads: Heads) -> list[CacheTensor]:
@@ -528,13 +569,22 @@ def _cache_tensors(state: StateFile, choice: DialectChoice, heads: Heads) -> lis
         if any((r.type_id, r.row_bytes) != (first.type_id, first.row_bytes) for r in records):
             reason = f"layer {layer} changes its {kind} type from stream to stream"
             raise FileFormatError(state.path, first.where, reason)
-        fmt = dialects.tensor_type(first.type_id, choice.dialect)
+        fmt = choice.type_of(first.type_id)
         n_embd = _row_values(fmt, first)
-        head_dim = heads.head_dim(kind, layer, n_embd) if n_embd and kind in "KV" else None
+        if n_embd is None and isinstance(fmt, Format):
+            reason = f"layer {layer} has {kind} rows of {first.row_bytes} bytes"
+            raise FileFormatError(
+                state.path, first.where, f"{reason}, not whole groups of {fmt.label}"
+            )
+        head_dim = None
+        if n_embd and kind in "KV":
+            head_dim = heads.head_dim(kind, layer, n_embd, fmt)
+        if isinstance(fmt, Format) and kind in "KV":
+            fmt = fmt.fitting(head_dim=head_dim, side=kind)
         prefix = f"{state.memory_names[part]}." if "iswa" in state.layout.memory else ""
         prefix = prefix if kind in "KV" else ""
-        borrows = isinstance(fmt, Format) and fmt.sibling
-        sibling = before if borrows and before and _key(before.format) == fmt.sibling else None
+        lender = fmt.sibling if isinstance(fmt, Format) else None
+        sibling = before if lender and before and before.format.label == lender else None
         tensor = CacheTensor(
             name=f"{prefix}cache_{kind.lower()}_l{layer}",
             kind=kind,
@@ -574,14 +624,13 @@ def _cache_tensors(state: StateFile, choice: DialectChoice, heads: Heads) -> lis
     return tensors
 
 
-def _key(fmt: TensorType) -> str | None:
-    return fmt.key if isinstance(fmt, Format) else None
-
-
 def _row_values(fmt: TensorType, rows: Rows) -> int | None:
+    """Return the values per row; None if whole groups do not make it up, or it is unknown."""
     if isinstance(fmt, Unknown):
         return None
-    return rows.row_bytes // fmt.block_bytes * fmt.block_values
+    body = rows.row_bytes - fmt.layout.header_bytes
+    groups, rest = divmod(body, fmt.codec.group_blocks * fmt.block_bytes)
+    return None if rest else groups * fmt.group_values
 
 
 def _rotated(tensors: list[CacheTensor], choice: RotationChoice) -> list[CacheTensor]:
@@ -589,5 +638,5 @@ def _rotated(tensors: list[CacheTensor], choice: RotationChoice) -> list[CacheTe
     done: dict[str, CacheTensor] = {}
     for t in tensors:
         sibling = done[t.sibling.name] if t.sibling is not None else None
-        done[t.name] = replace(t, rotation=choice.of(t.kind, t.head_dim), sibling=sibling)
+        done[t.name] = replace(t, rotation=choice.of(t), sibling=sibling)
     return list(done.values())

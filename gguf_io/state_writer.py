@@ -11,33 +11,41 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 import tbq
-from gguf_io.atomic import AtomicFiles
+from gguf_io.atomic import AtomicFiles, refuse_inputs
 from gguf_io.cache_tensor import CacheTensor
-from gguf_io.dialects import checked_dialect
-from gguf_io.graph_rotation import is_quantized, rotation_kind, unfit_width
+from gguf_io.graph_rotation import rotation_kind, unfit_widths
+from gguf_io.identify import known_dialect
 from gguf_io.state import StateFile, writes_deferred
 from gguf_io.state_parser import (
     DEFERRED_STATES,
+    FOOTER_MAGIC,
     Cells,
     KvMemory,
     RecurrentMemory,
     Rows,
     Stream,
 )
-from gguf_io.types import GgmlType, TensorType, Unknown, dequantize_rows, quantize_rows, row_bytes
-from tbq import Format, InputError, Rotation
+from gguf_io.types import (
+    TensorType,
+    Unknown,
+    dequantize_rows,
+    overflowed,
+    quantize_rows,
+    row_bytes,
+)
+from gguf_io.writer import file_dialect
+from tbq import Format, InputError, Rotation, ValueOverflowError
+from tbq.format import GGML
+from tbq.registry import get_dialect, type_id
 
 # Float32 values that are held at a time.
 CHUNK_VALUES = 1 << 21
 # source: ggml-org/llama.cpp, common/arg.cpp: the ggml types that --cache-type-k and -v take
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
-# Dialects (and their backends) that can keep layers of one cache in different types.
-MIXED_DIALECTS = ("llama-tq", "llama-tq-cuda")
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +67,15 @@ class Conversion:
     lender: Conversion | None = None
 
     @property
+    def repacks(self) -> bool:
+        """Whether codes and scales stay as they are, in other blocks."""
+        t, target = self.tensor, self.format
+        if not self.converts or is_unknown(t) or self.lender or t.sibling or t.transposed:
+            return False
+        same = (t.rotation and t.rotation.kind) == (self.rotation and self.rotation.kind)
+        return same and tbq.repackable(t.format, target)
+
+    @property
     def row_bytes(self) -> int:
         """Bytes per row that is written."""
         return (
@@ -77,20 +94,32 @@ class Plan:
 
     Attributes:
         state: the source.
-        dialect: whose file is written; None if nothing in it depends on that.
+        dialect, release: whose file is written; None if nothing in it depends on that.
         deferred: per memory, an index into DEFERRED_STATES; None where the file has no such byte.
         conversions: one per tensor, by name.
     """
 
     state: StateFile
     dialect: str | None
+    release: str | None
     deferred: tuple[int | None, ...]
     conversions: dict[str, Conversion]
+
+    @property
+    def moves(self) -> bool:
+        """Whether rows are written under another dialect's or release's ids."""
+        return (self.dialect, self.release) != (self.state.dialect, self.state.release)
 
     @property
     def changes(self) -> bool:
         """Whether any tensor is converted."""
         return any(c.converts for c in self.conversions.values())
+
+    def type_id(self, conversion: Conversion) -> int:
+        """Return the type id that is written for a tensor: its own where it stays as it is."""
+        if is_unknown(conversion.tensor) or not (conversion.converts or self.moves):
+            return conversion.tensor.type_id
+        return type_id(conversion.format, self.dialect or GGML, self.release)
 
 
 Types = Mapping[str, TensorType] | Callable[[CacheTensor], TensorType | None]
@@ -111,7 +140,8 @@ def plan_conversion(
         state: the open source.
         types: the new type of tensors by name, or a function from a tensor to its type or None.
             Tensors without one keep theirs.
-        dialect: whose file is written; if omitted, that of the new types, else the source's.
+        dialect: whose file is written, `dialect` or `dialect@release`; if omitted, that of the new
+            types, else the source's.
         rotate: whether K and V of quantised caches are rotated as the fork does by default; off for
             programs that run with LLAMA_ATTN_ROT_DISABLE.
         allow_requantize: whether rows that are quantised already may be quantised again.
@@ -124,23 +154,25 @@ def plan_conversion(
         UnknownFormatError: `dialect` is not registered.
     """
     chosen = _chosen_types(state, types)
-    target = _dialect(state, chosen, dialect)
+    target, release = _dialect(state, chosen, dialect)
     final = {name: chosen.get(name, t.format) for name, t in state.tensors.items()}
     conversions: dict[str, Conversion] = {}
+    unfit = unfit_widths(list(state.tensors.values()))
     for kind in "KV":
         tensors = [t for t in state.tensors.values() if t.kind == kind]
         touched = any(t.name in chosen for t in tensors)
-        rotation = _target_rotation(kind, tensors, final, rotate)
+        rotation = _target_rotation(kind, tensors, final, rotate, target)
         before = None
         for t in tensors:
             c = Conversion(t, t.format, t.rotation, False)
             if touched:
-                c = _conversion(t, final[t.name], rotation, before)
+                own = None if (kind, t.memory) in unfit else rotation
+                c = _conversion(t, final[t.name], own, before)
                 _check(c, allow_requantize)
             conversions[t.name] = before = c
     for name, t in state.tensors.items():  # recurrent rows stay, and the order is the file's
         conversions[name] = conversions.pop(name, None) or Conversion(t, t.format, None, False)
-    plan = Plan(state, target, _deferred(state, target, conversions), conversions)
+    plan = Plan(state, target, release, _deferred(state, target, conversions), conversions)
     if plan.changes:
         _check_types(plan, allow_mixed)
         _check_staging(plan)
@@ -151,29 +183,39 @@ def write_state(
     path: str | os.PathLike,
     plan: Plan | StateFile,
     *,
+    allow_overflow: bool = False,
     threads: int | None = None,
     progress: Callable[[CacheTensor, int], None] | None = None,
-) -> None:
+) -> dict[str, int]:
     """Write a state file, atomically: the path gets the whole file or stays as it was.
 
     Args:
         path: the file; an existing one is replaced, the source never.
         plan: what `plan_conversion` returned, or an open file to be written as it is.
+        allow_overflow: write finite values that come back as infinite or NaN.
         threads: worker threads of the codecs.
         progress: called with a tensor and the number of its source bytes that were written.
 
+    Returns:
+        how many finite values come back as infinite or NaN, by name, of tensors that have some.
+
     Raises:
         InputError: `path` is the source.
+        ValueOverflowError: finite values would come back as infinite or NaN.
+        FileFormatError: the source changed while it was read.
         OSError: the file cannot be written.
     """
     plan = plan if isinstance(plan, Plan) else plan_conversion(plan)
-    source = plan.state.path
-    if Path(path).exists() and os.path.samefile(path, source):
-        raise InputError("path", str(path), "a file other than the source")
+    refuse_inputs([path], [plan.state.path])
     with AtomicFiles() as output:
         file = output.create(path)
-        for piece in _Serialiser(plan, threads, progress).pieces():
+        serialiser = _Serialiser(plan, threads, progress)
+        for piece in serialiser.pieces():
             file.write(piece)
+        plan.state.check_unchanged()
+        if serialiser.overflow and not allow_overflow:
+            raise ValueOverflowError(serialiser.overflow)
+    return serialiser.overflow
 
 
 # --- planning ------------------------------------------------------------------------------------
@@ -184,28 +226,39 @@ def _chosen_types(state: StateFile, types: Types | None) -> dict[str, TensorType
         return {}
     if callable(types):
         found = {name: types(t) for name, t in state.tensors.items() if t.kind in "KV"}
-        return {name: kind for name, kind in found.items() if kind is not None}
+        types = {name: kind for name, kind in found.items() if kind is not None}
     for name in types:
         if name not in state.tensors or state.tensors[name].kind not in "KV":
             raise InputError("types", repr(name), "names of K and V tensors in the file")
-    return dict(types)
+    return {name: _fitting(kind, state.tensors[name]) for name, kind in types.items()}
 
 
-def _dialect(state: StateFile, chosen: dict[str, TensorType], given: str | None) -> str | None:
-    named = {t.dialect for t in chosen.values() if isinstance(t, Format)}
-    kept = {
-        t.format.dialect
-        for name, t in state.tensors.items()
-        if name not in chosen and isinstance(t.format, Format)
-    }
-    together = sorted(named | kept | ({checked_dialect(given)} if given else set()))
+def _fitting(kind: TensorType, t: CacheTensor) -> TensorType:
+    """Return a type with its codec for a tensor's side and heads."""
+    return kind if isinstance(kind, Unknown) else kind.fitting(head_dim=t.head_dim, side=t.kind)
+
+
+def _dialect(
+    state: StateFile, chosen: dict[str, TensorType], given: str | None
+) -> tuple[str | None, str | None]:
+    """Return the dialect and release of the file that is written."""
+    final = {name: chosen.get(name, t.format) for name, t in state.tensors.items()}
+    own = {kind.dialect for kind in final.values() if kind.dialect not in (None, GGML)}
+    named = {kind.dialect for kind in chosen.values() if kind.dialect != GGML}
+    asked = {known_dialect(given).partition("@")[0]} if given else set()
+    together = sorted(own | asked)
     if len(together) > 1:
         raise InputError("types", f"formats of {' and '.join(together)}", "one dialect per file")
     unknown = [t for n, t in state.tensors.items() if n not in chosen and is_unknown(t)]
     if named and unknown:
         got = f"{unknown[0].name} of {unknown[0].format.name}"
         raise InputError("types", got, f"known types beside those of {together[0]}")
-    return together[0] if together else state.dialect
+    if not together:
+        return state.dialect, state.release
+    if given is None and together == [state.dialect]:
+        given = f"{state.dialect}@{state.release}"  # the ids that the source has
+    known = [kind for kind in final.values() if isinstance(kind, Format)]
+    return file_dialect(known, given or together[0]) or (None, None)
 
 
 def is_unknown(tensor: CacheTensor) -> bool:
@@ -214,27 +267,33 @@ def is_unknown(tensor: CacheTensor) -> bool:
 
 
 def _target_rotation(
-    kind: str, tensors: list[CacheTensor], final: dict[str, TensorType], rotate: bool
+    kind: str,
+    tensors: list[CacheTensor],
+    final: dict[str, TensorType],
+    rotate: bool,
+    dialect: str | None,
 ) -> str | None:
     types = [final[t.name] for t in tensors]
-    if not rotate or unfit_width(tensors) or not any(is_quantized(t) for t in types):
+    if not rotate or not any(t.is_quantized for t in types):
         return None
-    return rotation_kind(kind, types)
+    return rotation_kind(kind, types, dialect)
 
 
 def _conversion(
     t: CacheTensor, kind: TensorType, rotation: str | None, before: Conversion | None
 ) -> Conversion:
-    if is_unknown(t) and kind is t.format:
+    if is_unknown(t):
+        if kind != t.format:
+            t.stored(0, 1)  # raises the error that explains it
         return Conversion(t, kind, t.rotation, False)
-    target = tbq.rotation(rotation, t.head_dim) if rotation else None
+    target = tbq.rotation(rotation, t.head_dim) if rotation and t.head_dim else None
     same_rotation = (target and target.kind) == (t.rotation and t.rotation.kind)
     converts = kind != t.format or not same_rotation
-    borrows = isinstance(kind, Format) and kind.sibling
-    if borrows and converts:
-        if before is None or getattr(before.format, "key", None) != kind.sibling:
-            need = f"a layer of {kind.sibling} before it, whose codes it borrows"
-            raise InputError(f"type of {t.name}", kind.key, need)
+    lender = kind.sibling if isinstance(kind, Format) else None
+    if lender and converts:
+        if before is None or before.format.label != lender:
+            need = f"a layer of {lender} before it, whose codes it borrows"
+            raise InputError(f"type of {t.name}", kind.label, need)
         return Conversion(t, kind, target, True, before)
     return Conversion(t, kind, target, converts)
 
@@ -245,16 +304,23 @@ def _check(c: Conversion, allow_requantize: bool) -> None:
     argument = f"type of {t.name}"
     if not c.converts:
         return
-    if isinstance(kind, GgmlType) and kind.name not in CACHE_TYPES:
-        raise InputError(argument, kind.name, f"a type that caches take: {', '.join(CACHE_TYPES)}")
-    if isinstance(kind, Format) and t.kind not in kind.side:
-        raise InputError(argument, kind.key, f"a type for {t.kind}; this one is for {kind.side}")
-    if t.transposed and is_quantized(kind):
+    if kind.is_ggml and kind.name not in CACHE_TYPES:
+        raise InputError(argument, kind.label, f"a type that caches take: {', '.join(CACHE_TYPES)}")
+    if t.kind not in kind.side:
+        raise InputError(argument, kind.label, f"a type for {t.kind}; this one is for {kind.side}")
+    padded = get_dialect(kind.dialect).state.head_values(kind, t.head_dim or kind.group_values)
+    if t.head_dim and padded != t.head_dim:
+        got = f"{kind.label} for heads of {t.head_dim} values"
+        need = (
+            f"heads of whole {kind.group_values}s, as the cache pads others, which is not done here"
+        )
+        raise InputError(argument, got, need)
+    if t.transposed and kind.is_quantized:
         need = (
             "f32, f16 or bf16: V is stored transposed (no flash attention), which blocks cannot be"
         )
         raise InputError(argument, kind.name, need)
-    if is_quantized(t.format) and is_quantized(kind) and not allow_requantize:
+    if t.format.is_quantized and kind.is_quantized and not (allow_requantize or c.repacks):
         got = f"{t.format.name}, which is quantised already"
         raise InputError(argument, got, f"allow_requantize to quantise it again, to {kind.name}")
     try:
@@ -265,7 +331,7 @@ def _check(c: Conversion, allow_requantize: bool) -> None:
 
 
 def _check_types(plan: Plan, allow_mixed: bool) -> None:
-    if allow_mixed or plan.dialect in MIXED_DIALECTS:
+    if allow_mixed or (plan.dialect and get_dialect(plan.dialect).state.mixed):
         return
     for kind in "KV":
         mine = [c for c in plan.conversions.values() if c.tensor.kind == kind]
@@ -297,14 +363,12 @@ def _deferred(
         return have
     new = None
     if dialect is not None and writes_deferred(dialect):
-        staged = any(_is_staged(c.format) for c in conversions.values())
+        names = get_dialect(dialect).state.staged
+        staged = any(
+            c.format.dialect != GGML and c.format.name in names for c in conversions.values()
+        )
         new = DEFERRED_STATES.index("done" if staged else "off")
     return tuple(new if isinstance(memory, KvMemory) else None for memory in state.memories)
-
-
-def _is_staged(kind: TensorType) -> bool:
-    """Tell whether llama-tq collects rows as f16 first: for all ktq, and for trellis values."""
-    return isinstance(kind, Format) and (kind.side == "K" or "start" in kind.block.names)
 
 
 # --- bytes ---------------------------------------------------------------------------------------
@@ -317,6 +381,7 @@ class _Serialiser:
         self.plan = plan
         self.threads = threads
         self.progress = progress or (lambda tensor, n_bytes: None)
+        self.overflow: dict[str, int] = {}
         # which conversion, and which of its streams, a record of the source belongs to
         self.owner = {
             id(rows): (c, p)
@@ -341,15 +406,31 @@ class _Serialiser:
             yield from self._stream(stream)
 
     def _stream(self, stream: Stream) -> Iterator[bytes | np.ndarray]:
-        yield cell_bytes(stream.cells)
+        self.plan.state.check_unchanged()  # cells are views of its map
+        yield from cell_bytes(stream.cells)
         if not len(stream.cells):
             return
         yield struct.pack("<II", stream.v_trans, len(stream.keys))
         for rows in (*stream.keys, *stream.values):
             yield from self._rows(rows)
+        fingerprint = self._fingerprint(stream)
+        if fingerprint is not None:
+            yield struct.pack("<II", FOOTER_MAGIC, fingerprint)
+
+    def _fingerprint(self, stream: Stream) -> int | None:
+        """Return what stands in the footer that is written; None if there is none."""
+        plan = self.plan
+        if not (plan.changes or plan.moves):
+            return stream.fingerprint
+        footed = get_dialect(plan.dialect).state.footed if plan.dialect else frozenset()
+        owners = [self.owner[id(rows)][0] for rows in (*stream.keys, *stream.values)]
+        if not any(c.format.name in footed and c.format.dialect != GGML for c in owners):
+            return None
+        return stream.fingerprint or 0
 
     def _recurrent(self, memory: RecurrentMemory) -> Iterator[bytes | np.ndarray]:
-        yield cell_bytes(memory.cells)
+        self.plan.state.check_unchanged()
+        yield from cell_bytes(memory.cells)
         yield struct.pack("<II", 0, memory.n_layer)
         for rows in (*memory.r, *memory.s):
             yield from self._rows(rows)
@@ -358,28 +439,32 @@ class _Serialiser:
         c, part = self.owner[id(rows)]
         if rows.n_embd is not None:
             element = c.row_bytes // rows.n_embd
-            yield struct.pack("<iII", c.format.type_id, element, rows.n_embd)
+            yield struct.pack("<iII", self.plan.type_id(c), element, rows.n_embd)
             yield from self._columns(c, part)
             return
-        yield struct.pack("<iQ", c.format.type_id, c.row_bytes)
+        yield struct.pack("<iQ", self.plan.type_id(c), c.row_bytes)
         first = sum(other.cells for other in c.tensor.parts[:part])
         step = max(1, CHUNK_VALUES // (c.tensor.n_embd or c.tensor.row_bytes or 1))
         for start in range(first, first + rows.cells, step):
             stop = min(start + step, first + rows.cells)
-            yield self._convert(c, start, stop) if c.converts else c.tensor.rows(start, stop)
-            self.progress(c.tensor, (stop - start) * c.tensor.row_bytes)
-            c.tensor.release(start, stop)
+            if c.repacks:
+                yield tbq.repack(c.tensor.rows(start, stop), c.tensor.format, c.format)
+            else:
+                yield self._convert(c, start, stop) if c.converts else c.tensor.rows(start, stop)
+            if c.tensor.row_bytes:
+                self.progress(c.tensor, (stop - start) * c.tensor.row_bytes)
 
     def _columns(self, c: Conversion, part: int) -> Iterator[np.ndarray]:
         """Yield the columns of transposed values, which are floats and never rotated."""
-        columns = c.tensor.raw(part)
-        step = max(1, CHUNK_VALUES // c.tensor.parts[part].cells)
-        for start in range(0, len(columns), step):
-            piece = columns[start : start + step]
+        rows = c.tensor.parts[part]
+        step = max(1, CHUNK_VALUES // rows.cells)
+        for start in range(0, rows.n_embd, step):
+            piece = c.tensor.columns(part, start, min(start + step, rows.n_embd))
             self.progress(c.tensor, piece.nbytes)
             if c.converts:
                 x = dequantize_rows(piece, c.tensor.format, threads=self.threads)
                 piece = quantize_rows(x, c.format, threads=self.threads)
+                self._count(c, x, piece)
             yield piece
 
     def _convert(self, c: Conversion, start: int, stop: int) -> np.ndarray:
@@ -389,10 +474,15 @@ class _Serialiser:
         x = x.reshape(stop - start, t.n_embd)
         if c.lender is not None:
             lent = self._lent(c.lender, start, stop)
-            return tbq.quantize_paired(x, lent, threads=self.threads)
-        running = isinstance(c.format, Format) and c.format.block_index == "tensor"
-        first_block = start * (t.n_embd // c.format.block_values) if running else 0
-        return quantize_rows(x, c.format, first_block=first_block, threads=self.threads)
+            return tbq.quantize_paired(x, lent, c.format, threads=self.threads)
+        packed = quantize_rows(x, c.format, first_row=start, threads=self.threads)
+        self._count(c, x, packed)
+        return packed
+
+    def _count(self, c: Conversion, x: np.ndarray, packed: np.ndarray) -> None:
+        n = overflowed(x, packed, c.format)
+        if n:
+            self.overflow[c.tensor.name] = self.overflow.get(c.tensor.name, 0) + n
 
     def _lent(self, lender: Conversion, start: int, stop: int) -> np.ndarray:
         if lender.converts:
@@ -400,18 +490,7 @@ class _Serialiser:
         return lender.tensor.rows(start, stop)
 
 
-def cell_bytes(cells: Cells) -> bytes:
-    """Return a stream's cell count and cells as the file has them."""
-    fixed = 2 if cells.coordinates is None else 4
-    counts = cells.sequence_counts.astype(np.int64)
-    starts = np.cumsum(counts + fixed) - counts - fixed  # the first word of each cell
-    words = np.empty(int((counts + fixed).sum()), "<i4")
-    words[starts] = cells.positions
-    words[starts + 1] = cells.sequence_counts
-    if cells.coordinates is not None:
-        words[starts + 2] = cells.coordinates[:, 0]
-        words[starts + 3] = cells.coordinates[:, 1]
-    before = np.cumsum(counts) - counts  # sequences of earlier cells
-    within = np.arange(counts.sum()) - np.repeat(before, counts)
-    words[np.repeat(starts + fixed, counts) + within] = cells.sequences
-    return struct.pack("<I", len(cells)) + words.tobytes()
+def cell_bytes(cells: Cells) -> Iterator[bytes | np.ndarray]:
+    """Yield a stream's cell count and its cells as the file has them."""
+    yield struct.pack("<I", len(cells))
+    yield cells.words.view(np.uint8)

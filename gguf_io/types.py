@@ -1,47 +1,23 @@
-"""What a tensor's type can be: a registered Format, one of ggml's own types, or Unknown.
-
-ggml's own types are gguf-py's business: sizes, quantisation and dequantisation come from there. Ids
-from `FIRST_FORK_ID` up are never looked up in gguf-py: the forks and upstream each gave them other
-meanings, and a later gguf-py would silently size a fork's tensors as upstream's.
-"""
+"""What a tensor's type can be: a registered Format, ggml's own among them, or Unknown."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import cache
 
-import gguf
 import numpy as np
 
 import tbq
 from tbq import BackendError, Format, InputError, UnknownFormatError
-from tbq.registry import near_misses
-
-FIRST_FORK_ID = 42
+from tbq.api import index_step
+from tbq.registry import near_misses, split_dialect
 
 # Types whose values are not quantised; llama.cpp converts between them freely.
 FLOAT_TYPES = ("f32", "f16", "bf16")
-
-
-@dataclass(frozen=True)
-class GgmlType:
-    """One of ggml's own types, as gguf-py knows it; the name is ggml's, such as `q6_K`."""
-
-    name: str
-    type_id: int
-    block_values: int
-    block_bytes: int
-
-    @property
-    def bpw(self) -> float:
-        """Bits per value."""
-        return 8 * self.block_bytes / self.block_values
-
-    @property
-    def is_quantized(self) -> bool:
-        """Whether values share blocks; false for floats and integers."""
-        return self.block_values > 1
+FLOAT16_MAX = 65504.0
+# ggml's types for what is no weight: indices, tables, masks. No cache row has them, and nothing
+# converts them.
+PLAIN_TYPES = ("i8", "i16", "i32", "i64", "f64")
 
 
 @dataclass(frozen=True)
@@ -50,104 +26,121 @@ class Unknown:
 
     type_id: int
 
+    # whatever it is, floats have ids that are known
+    is_quantized = True
+    is_ggml = False
+    dialect = None
+
     @property
     def name(self) -> str:
         """A name for messages and tables."""
         return f"unknown({self.type_id})"
 
-
-TensorType = Format | GgmlType | Unknown
-
-
-def type_key(kind: TensorType) -> str:
-    """Return a type's full name: `dialect:name` of a registered format, ggml's name of its own."""
-    return kind.key if isinstance(kind, Format) else kind.name
+    @property
+    def label(self) -> str:
+        """The same."""
+        return self.name
 
 
-def _ggml_type(qtype: gguf.GGMLQuantizationType) -> GgmlType:
-    name = re.sub("_k$", "_K", qtype.name.lower())
-    return GgmlType(name, int(qtype), *gguf.GGML_QUANT_SIZES[qtype])
+TensorType = Format | Unknown
+# The name from before ggml's own types were formats of the dialect "ggml".
+GgmlType = Format
 
 
-@cache
-def ggml_types() -> dict[int, GgmlType]:
-    """Return ggml's own types by id."""
-    known = (q for q in gguf.GGMLQuantizationType if q < FIRST_FORK_ID)
-    return {int(q): _ggml_type(q) for q in known if q in gguf.GGML_QUANT_SIZES}
+def resolve_type(name: str, dialect: str | None = None) -> Format:
+    """Return the type called `name`: ggml's, or another registered format.
 
-
-def resolve_type(name: str, dialect: str | None = None) -> Format | GgmlType:
-    """Return the type called `name`: a registered format, or one of ggml's own.
-
-    A bare format name means `dialect`'s if that has one.
+    A bare name means `dialect`'s (`buun`, `buun@2026-05`) if that has one and ggml has not.
 
     Raises:
         UnknownFormatError: nothing has that name; `.near` holds close ones.
     """
     wanted = name.strip().lower()
-    own = {t.name.lower(): t for t in ggml_types().values()}
-    if wanted in own:
-        return own[wanted]
     if dialect is not None and ":" not in wanted:
-        try:
-            return tbq.get_format(f"{dialect}:{wanted}")
-        except UnknownFormatError:
-            pass
+        for place in (tbq.format.GGML, dialect):
+            chosen, release = split_dialect(place)
+            found = next(chosen.named(wanted, release), None)
+            if found is not None:
+                return found
     try:
         return tbq.get_format(wanted)
     except UnknownFormatError:
-        known = "tbq.formats() and gguf.GGMLQuantizationType"
-        raise UnknownFormatError(wanted, near_misses(wanted, tuple(own)), known) from None
+        known = "tbq.registry.all_formats()"
+        raise UnknownFormatError(wanted, near_misses(wanted, _useful), known) from None
+
+
+def _useful(fmt: Format) -> bool:
+    """Tell whether a type that was not named rightly may be offered: it can be written, alone."""
+    return can_quantize(fmt) and not fmt.sibling
 
 
 def row_bytes(kind: TensorType, n: int) -> int:
     """Return the bytes of a row of n values; InputError if blocks do not divide it."""
-    if isinstance(kind, Format):
-        return kind.row_bytes(n)
     if isinstance(kind, Unknown):
         raise InputError("type", kind.name, "a type of known size")
-    if n % kind.block_values:
-        need = f"a multiple of {kind.block_values} values for {kind.name}"
-        raise InputError("row length", f"{n} values", need)
-    return n // kind.block_values * kind.block_bytes
+    return kind.row_bytes(n)
 
 
 @cache
 def can_quantize(kind: TensorType) -> bool:
     """Tell whether `quantize_rows` can produce this type."""
-    if not isinstance(kind, GgmlType):
-        return isinstance(kind, Format)
-    if kind.name in FLOAT_TYPES:
+    if isinstance(kind, Unknown):
+        return False
+    if kind.evidence != "gguf-py":
         return True
     try:
-        quantize_rows(np.zeros((1, kind.block_values), np.float32), kind)
+        kind.codec.quantize(np.zeros((1, kind.block_values), np.float32), np.zeros(1, np.int64))
     except BackendError:
         return False
     return True
 
 
 def quantize_rows(
-    x: np.ndarray, kind: TensorType, *, first_block: int = 0, threads: int | None = None
+    x: np.ndarray, kind: TensorType, *, first_row: int = 0, threads: int | None = None
 ) -> np.ndarray:
-    """Quantise float32 rows (rows, n) to uint8 (rows, row_bytes), as `tbq` or gguf-py does.
+    """Quantise float32 rows (rows, n) to uint8 (rows, row_bytes), as `tbq.quantize` does.
+
+    `first_row` is where the rows stand in their tensor, which matters to some codecs.
 
     Raises:
         BackendError: gguf-py cannot produce this type.
         InputError: the type is unknown or does not fit the rows.
     """
-    if isinstance(kind, Format):
-        return tbq.quantize(x, kind, first_block=first_block, threads=threads)
-    width = row_bytes(kind, x.shape[-1])
-    try:
-        with np.errstate(all="ignore"):
-            packed = gguf.quantize(x, gguf.GGMLQuantizationType(kind.type_id))
-    except NotImplementedError:
-        raise BackendError("gguf-py", f"cannot quantise to {kind.name}") from None
-    return np.ascontiguousarray(packed).view(np.uint8).reshape(len(x), width)
+    if isinstance(kind, Unknown):
+        raise InputError("type", kind.name, "a type that a registered dialect explains")
+    first = first_row * index_step(kind, x.shape[-1])
+    return tbq.quantize(x, kind, first_block=first, threads=threads)
+
+
+def overflowed(x: np.ndarray, packed: np.ndarray, kind: Format) -> int:
+    """Count the finite values of float32 rows x that come back from `packed` as inf or NaN.
+
+    Only a scale, an outlier or a float can be the cause: where a row has none that is not finite,
+    nothing is decoded.
+    """
+    layout = kind.layout
+    fields = [*layout.scales, *layout.floats, *(layout.outliers or ())[1:]]
+    if fields:
+        blocks = kind.codec.blocks(packed)
+        rows = np.any([_not_finite(blocks[name]) for name in fields], axis=0)
+    else:
+        rows = ~(np.maximum(x.max(axis=-1), -x.min(axis=-1)) <= FLOAT16_MAX)
+    if not rows.any():
+        return 0
+    finite = np.isfinite(x[rows]).reshape(-1, kind.group_values)
+    y = dequantize_rows(packed[rows], kind).reshape(finite.shape)
+    # a group that holds NaN or infinity already is lost by its own fault
+    return int((~np.isfinite(y[finite.all(axis=1)])).sum())
+
+
+def _not_finite(values: np.ndarray) -> np.ndarray:
+    """Return which rows of float16 (rows, ...) hold NaN or infinity."""
+    bits = np.ascontiguousarray(values).view(np.uint16).reshape(len(values), -1)
+    return ((bits & 0x7FFF) >= 0x7C00).any(axis=1)  # NumPy's own test converts each value
 
 
 def dequantize_rows(raw: np.ndarray, kind: TensorType, *, threads: int | None = None) -> np.ndarray:
-    """Dequantise uint8 rows (rows, row_bytes) to float32 (rows, n), as `tbq` or gguf-py does.
+    """Dequantise uint8 rows (rows, row_bytes) to float32 (rows, n), in the encoder's domain.
 
     Rows of f32 come back as a view.
 
@@ -155,12 +148,8 @@ def dequantize_rows(raw: np.ndarray, kind: TensorType, *, threads: int | None = 
         BackendError: gguf-py cannot read this type.
         InputError: the type is unknown.
     """
-    if isinstance(kind, Format):
-        return tbq.dequantize(raw, kind, threads=threads)
     if isinstance(kind, Unknown):
         raise InputError("type", kind.name, "a type that a registered dialect explains")
-    try:
-        with np.errstate(all="ignore"):
-            return gguf.dequantize(raw, gguf.GGMLQuantizationType(kind.type_id))
-    except NotImplementedError:
-        raise BackendError("gguf-py", f"cannot dequantise {kind.name}") from None
+    if kind.name == "f32":
+        return raw.view("<f4")
+    return tbq.dequantize(raw, kind, original=True, threads=threads)

@@ -7,9 +7,11 @@ first, and writes in place. Tests read what is written here with gguf.GGUFReader
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import struct
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -19,15 +21,18 @@ import numpy as np
 from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFValueType
 
 from gguf_io.atomic import AtomicFiles
-from gguf_io.dialects import DIALECT_KEY
-from gguf_io.metadata import Field, Metadata, pack_string
+from gguf_io.identify import DIALECT_KEY, RELEASE_KEY, known_dialect
+from gguf_io.metadata import Field, Metadata, brief, pack_string
 from gguf_io.parser import MAGIC, MAX_DIMS, MAX_NAME
-from gguf_io.reader import SPLIT_KEYS, GgufTensor, split_path
-from gguf_io.types import FIRST_FORK_ID, TensorType, Unknown, resolve_type, row_bytes
+from gguf_io.reader import PIECE_BYTES, SET_KEY, SPLIT_KEYS, GgufTensor, split_path
+from gguf_io.types import TensorType, Unknown, resolve_type, row_bytes
 from tbq import Format, InputError
+from tbq.format import GGML
+from tbq.registry import get_dialect, split_dialect, type_id
 
 GGUF_VERSION = 3
-OWN_KEYS = (DIALECT_KEY, "tbq.source", "tbq.version")
+_FIXED_BYTES = 24  # magic, version and two counts, before the first field
+OWN_KEYS = (DIALECT_KEY, RELEASE_KEY, "tbq.source", "tbq.version")
 _FLOATS = {np.dtype("<f4"): "f32", np.dtype("<f2"): "f16"}
 
 
@@ -37,7 +42,7 @@ class OutputTensor:
 
     Attributes:
         name: at most 63 bytes of UTF-8.
-        shape: in NumPy's order, 1 to 4 positive axes.
+        shape: in NumPy's order, up to 4 axes; none for a scalar.
         format: its type.
         n_bytes: bytes that the chunks add up to.
         chunks: called once, yields the data piece by piece.
@@ -69,7 +74,7 @@ class OutputTensor:
     @classmethod
     def from_tensor(cls, tensor: GgufTensor) -> OutputTensor:
         """Copy a tensor of an open file, whatever its type."""
-        return cls(tensor.name, tensor.shape, tensor.format, tensor.n_bytes, lambda: [tensor.raw])
+        return cls(tensor.name, tensor.shape, tensor.format, tensor.n_bytes, tensor.pieces)
 
 
 def write_gguf(
@@ -77,6 +82,7 @@ def write_gguf(
     metadata: Mapping[str, Any],
     tensors: Iterable[OutputTensor],
     dialect: str | None = None,
+    approve: Callable[[], None] = lambda: None,
 ) -> None:
     """Write a GGUF v3 file, atomically: the path gets the whole file or stays as it was.
 
@@ -84,20 +90,26 @@ def write_gguf(
         path: the file; an existing one is replaced.
         metadata: values (see `Field.of`), Fields, or the Metadata of an open file, which is kept
             byte for byte. `general.alignment` sets the alignment. Keys of a split model are
-            dropped; if registered formats are written, the keys `tbq.dialect`, `tbq.source` and
-            `tbq.version` are set, otherwise dropped.
+            dropped; if a fork's formats are written, the keys `tbq.dialect`, `tbq.release`,
+            `tbq.source` and `tbq.version` are set, otherwise dropped.
         tensors: written in this order, their chunks one at a time.
-        dialect: whose type ids are written; if omitted, that of the tensors' formats.
+        dialect: whose type ids are written, `dialect` or `dialect@release`; if omitted, those of
+            the tensors' formats, by the newest release that has them all.
+        approve: called when all is written and nothing has appeared yet; what it raises undoes all.
 
     Raises:
-        InputError: formats of several dialects, a bad name, shape, value or chunk, two tensors of
-            one name, an Unknown fork type beside registered formats.
+        UnknownFormatError: `dialect` is not registered.
+        InputError: formats of several dialects, or that no one release has; an Unknown type beside
+            a fork's; a bad name, shape, value or chunk; two tensors of one name.
         OSError: the file cannot be written.
     """
     fields = _without_split(_fields(metadata))
     with AtomicFiles() as output:
         tensors = list(tensors)
-        _write(output.create(path), _labelled(fields, tensors, dialect), tensors)
+        place = file_dialect((tensor.format for tensor in tensors), dialect)
+        labelled = _labelled(fields, tensors, place)
+        _write(output.create(path), labelled, tensors, place)
+        approve()
 
 
 def write_gguf_shards(
@@ -105,16 +117,20 @@ def write_gguf_shards(
     metadata: Mapping[str, Any],
     shards: Sequence[Sequence[OutputTensor]],
     dialect: str | None = None,
+    approve: Callable[[], None] = lambda: None,
 ) -> None:
     """Write a split model, PREFIX-00001-of-0000N.gguf and so on: all shards or none.
 
     As llama.cpp does it, the first shard holds all metadata; the others hold the split keys, and
-    here also what is needed to read them, the alignment and the dialect. See `write_gguf`.
+    here also what is needed to read them, the alignment and the dialect, and the checksum of the
+    set, by which shards of two sets are told apart. See `write_gguf`.
     """
     fields = _without_split(_fields(metadata))
     everything = [tensor for shard in shards for tensor in shard]
-    labelled = _labelled(fields, everything, dialect)
+    place = file_dialect((tensor.format for tensor in everything), dialect)
+    labelled = _labelled(fields, everything, place)
     needed = {key: labelled[key] for key in ("general.alignment", *OWN_KEYS) if key in labelled}
+    files: list[tuple[BinaryIO, int]] = []
     with AtomicFiles() as output:
         for no, shard in enumerate(shards):
             numbers = (no, len(shards), len(everything))
@@ -123,26 +139,81 @@ def write_gguf_shards(
                 key: Field.of(number, kind)
                 for key, number, kind in zip(SPLIT_KEYS, numbers, types, strict=True)
             }
+            split[SET_KEY] = Field.of(0, GGUFValueType.UINT32)
             file = output.create(split_path(prefix, no, len(shards)))
-            _write(file, (labelled if no == 0 else needed) | split, list(shard))
+            own = (labelled if no == 0 else needed) | split
+            _write(file, own, list(shard), place)
+            files.append((file, _place_of_value(own, SET_KEY)))
+        _stamp(files)
+        approve()
 
 
-def file_dialect(types: Iterable[TensorType]) -> str | None:
-    """Return the one dialect of the registered formats among `types`, None if there are none.
+def _stamp(files: Sequence[tuple[BinaryIO, int]]) -> None:
+    """Write the checksum of all files where each has room for it, still 0."""
+    crc = 0
+    for file, _ in files:
+        file.seek(0)
+        while piece := file.read(PIECE_BYTES):
+            crc = zlib.crc32(piece, crc)
+    for file, place in files:
+        file.seek(place)
+        file.write(struct.pack("<I", crc))
+
+
+def _place_of_value(fields: dict[str, Field], key: str) -> int:
+    """Return where in the file the value of a scalar field stands."""
+    before = itertools.takewhile(lambda item: item[0] != key, fields.items())
+    at = _FIXED_BYTES + sum(len(pack_string(k)) + len(value.raw) for k, value in before)
+    return at + len(pack_string(key)) + 4  # the type word
+
+
+Place = tuple[str, str] | None  # the dialect and release whose ids are written
+
+
+def file_dialect(types: Iterable[TensorType], given: str | None = None) -> Place:
+    """Return the dialect and the release in which all of `types` have an id.
+
+    None if ggml's own ids do and nothing else is asked for.
 
     Raises:
-        InputError: there are several, or an Unknown fork type beside one; their ids would collide.
+        InputError: there are types of several dialects, or an Unknown type beside one, whose ids
+            would collide; or no release has them all.
+        UnknownFormatError: `given` is not registered.
     """
-    types = list(types)
-    found = sorted({kind.dialect for kind in types if isinstance(kind, Format)})
+    types = list(dict.fromkeys(types))
+    found = sorted({kind.dialect for kind in types if isinstance(kind, Format)} - {GGML})
     if len(found) > 1:
         got = f"formats of the dialects {', '.join(found)}"
         raise InputError("tensors", got, "one dialect per file, because type ids collide")
-    foreign = [k for k in types if isinstance(k, Unknown) and k.type_id >= FIRST_FORK_ID]
+    foreign = [kind for kind in types if isinstance(kind, Unknown)]
     if found and foreign:
         got = f"{foreign[0].name} beside formats of {found[0]}"
         raise InputError("tensors", got, "type ids that all belong to one dialect")
-    return found[0] if found else None
+    name, release = (found[0] if found else None), None
+    if given is not None:
+        dialect, release = split_dialect(given)
+        if found and found[0] != dialect.name:
+            need = f"{found[0]}, the dialect of the tensors' formats"
+            raise InputError("dialect", known_dialect(given), need)
+        name = dialect.name if dialect.name != GGML else None
+    return None if name is None else (name, _release(name, release, types))
+
+
+def _release(name: str, release: str | None, types: list[TensorType]) -> str:
+    """Return the newest release of a dialect, or the given one, that has ids for all types."""
+    known = [kind for kind in types if isinstance(kind, Format)]
+    dialect = get_dialect(name)
+    wanted = dialect.releases if release is None else (dialect.release(release),)
+    failure: InputError | None = None
+    for candidate in wanted:
+        try:
+            for kind in known:
+                type_id(kind, name, candidate.name)
+        except InputError as error:
+            failure = failure or error
+        else:
+            return candidate.name
+    raise failure
 
 
 def _fields(metadata: Mapping[str, Any]) -> dict[str, Field]:
@@ -151,22 +222,20 @@ def _fields(metadata: Mapping[str, Any]) -> dict[str, Field]:
 
 
 def _without_split(fields: dict[str, Field]) -> dict[str, Field]:
-    return {key: value for key, value in fields.items() if key not in SPLIT_KEYS}
+    return {k: value for k, value in fields.items() if k not in (*SPLIT_KEYS, SET_KEY)}
 
 
 def _labelled(
-    fields: dict[str, Field], tensors: list[OutputTensor], dialect: str | None
+    fields: dict[str, Field], tensors: list[OutputTensor], place: Place
 ) -> dict[str, Field]:
-    """Make the file say which dialect its type ids belong to."""
-    found = file_dialect(tensor.format for tensor in tensors)
-    if dialect is not None and found not in (None, dialect):
-        raise InputError("dialect", dialect, f"{found}, the dialect of the tensors' formats")
+    """Make the file say which dialect and release its type ids belong to."""
     fields = dict(fields)
-    if found is not None:
-        sources = dict.fromkeys(t.format.source for t in tensors if isinstance(t.format, Format))
-        values = (found, "; ".join(sources), _package_version())
+    own = [t.format for t in tensors if isinstance(t.format, Format) and not t.format.is_ggml]
+    if own:
+        sources = "; ".join(dict.fromkeys(kind.source for kind in own))
+        values = (*place, sources, _package_version())
         return fields | {k: Field.of(v) for k, v in zip(OWN_KEYS, values, strict=True)}
-    if not any(tensor.format.type_id >= FIRST_FORK_ID for tensor in tensors):
+    if not any(isinstance(tensor.format, Unknown) for tensor in tensors):
         for key in OWN_KEYS:
             fields.pop(key, None)
     return fields
@@ -179,9 +248,11 @@ def _package_version() -> str:
         return "uninstalled"
 
 
-def _write(file: BinaryIO, fields: dict[str, Field], tensors: list[OutputTensor]) -> None:
+def _write(
+    file: BinaryIO, fields: dict[str, Field], tensors: list[OutputTensor], place: Place
+) -> None:
     alignment = _alignment(fields)
-    file.write(_header(fields, tensors, alignment))
+    file.write(_header(fields, tensors, alignment, place))
     file.write(bytes(-file.tell() % alignment))
     for tensor in tensors:
         written = 0
@@ -197,15 +268,18 @@ def _write(file: BinaryIO, fields: dict[str, Field], tensors: list[OutputTensor]
 
 def _alignment(fields: dict[str, Field]) -> int:
     given = fields.get("general.alignment")
-    value = GGUF_DEFAULT_ALIGNMENT if given is None else given.value
-    if not isinstance(value, int) or value < 8 or value & (value - 1):
-        raise InputError("general.alignment", repr(value), "a power of two, at least 8")
+    value = Metadata(fields).number("general.alignment") if given else GGUF_DEFAULT_ALIGNMENT
+    if value is None or not 8 <= value < 1 << 32 or value & (value - 1):
+        got = brief(given.value)
+        raise InputError("general.alignment", got, "a power of two, at least 8, below 2^32")
     if given is not None and given.type is not GGUFValueType.UINT32:
         fields["general.alignment"] = Field.of(value, GGUFValueType.UINT32)
     return value
 
 
-def _header(fields: dict[str, Field], tensors: list[OutputTensor], alignment: int) -> bytes:
+def _header(
+    fields: dict[str, Field], tensors: list[OutputTensor], alignment: int, place: Place
+) -> bytes:
     parts = [MAGIC, struct.pack("<IQQ", GGUF_VERSION, len(tensors), len(fields))]
     for key, value in fields.items():
         parts += [pack_string(key), bytes(value.raw)]
@@ -218,10 +292,16 @@ def _header(fields: dict[str, Field], tensors: list[OutputTensor], alignment: in
         parts += [
             pack_string(tensor.name),
             struct.pack(f"<I{len(ne)}Q", len(ne), *ne),
-            struct.pack("<IQ", tensor.format.type_id, offset),
+            struct.pack("<IQ", _id(tensor.format, place), offset),
         ]
         offset += -(-tensor.n_bytes // alignment) * alignment
     return b"".join(parts)
+
+
+def _id(kind: TensorType, place: Place) -> int:
+    if isinstance(kind, Unknown):
+        return kind.type_id
+    return type_id(kind, *(place or (GGML, None)))
 
 
 def _check(tensor: OutputTensor, names: set[str]) -> None:
@@ -232,11 +312,14 @@ def _check(tensor: OutputTensor, names: set[str]) -> None:
     if n_bytes > MAX_NAME or "\0" in tensor.name or ".." in tensor.name.split("/"):
         need = f"a name of at most {MAX_NAME} bytes, without NUL or parent-directory steps"
         raise InputError(where, f"a name of {n_bytes} bytes", need)
-    if not 1 <= len(tensor.shape) <= MAX_DIMS or min(tensor.shape) < 1:
-        raise InputError(where, f"shape {tensor.shape}", f"1 to {MAX_DIMS} positive axes")
+    if len(tensor.shape) > MAX_DIMS or min(tensor.shape, default=0) < 0:
+        raise InputError(where, f"shape {tensor.shape}", f"up to {MAX_DIMS} axes, none negative")
     if isinstance(tensor.format, Unknown):
         return
-    need = row_bytes(tensor.format, tensor.shape[-1]) * math.prod(tensor.shape[:-1])
+    need = 0
+    if 0 not in tensor.shape:
+        row_values = tensor.shape[-1] if tensor.shape else 1
+        need = row_bytes(tensor.format, row_values) * math.prod(tensor.shape[:-1])
     if need != tensor.n_bytes:
         got = f"{tensor.n_bytes} bytes"
         raise InputError(where, got, f"{need} bytes for {tensor.format.name} {tensor.shape}")
