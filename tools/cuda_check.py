@@ -19,7 +19,7 @@ from tbq.errors import InputError
 from . import console
 
 SCHEMA = "tbq-cuda-check/1"
-ROW = 1024  # values; every format's block divides it
+ROW = 1024  # values, or the next multiple of a format's group
 CHECKED_ROWS = 64
 QUERIES = 4
 
@@ -35,7 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("formats", metavar="FORMAT", nargs="*", help="default: all that are ported")
-    add("--rows", metavar="N", type=int, default=1 << 16, help="rows of 1024 values; default 65536")
+    rows = "rows of 1024 values or a little more; default 65536"
+    add("--rows", metavar="N", type=int, default=1 << 16, help=rows)
     add("--rounds", metavar="N", type=int, default=9, help="timed rounds; default 9")
     add("--out", metavar="JSON", help="write the report here too")
     add("--json", action="store_true", help="print the report instead of a table")
@@ -54,8 +55,10 @@ def check(args: argparse.Namespace) -> int:
     cuda_port.require_device()
     from cuda_port import api
 
-    formats = [tbq.get_format(name) for name in args.formats]
-    formats = formats or [fmt for fmt in tbq.formats() if api.ported(fmt)]
+    chosen = [tbq.get_format(name) for name in args.formats] or tbq.formats()
+    formats = [variant for fmt in chosen for variant in fmt.variants()]
+    if not args.formats:
+        formats = [fmt for fmt in formats if api.ported(fmt)]
     clock = _Clock(args.rounds)
     copy = _device_copy(args.rows, clock)
     results = []
@@ -136,15 +139,16 @@ def _one(fmt: tbq.Format, rows: int, clock: _Clock) -> dict:
     from numba import cuda
 
     rng = np.random.default_rng(1)
+    n = -(-ROW // fmt.group_values) * fmt.group_values
     # a trellis search is milliseconds of work per block on the CPU, which has to agree
-    searches = "start" in fmt.block.names
-    checked = rng.standard_normal((max(1, CHECKED_ROWS // (16 if searches else 1)), ROW))
+    searches = fmt.codec.searches
+    checked = rng.standard_normal((max(1, CHECKED_ROWS // (16 if searches else 1)), n))
     x = checked.astype(np.float32)
     packed = tbq.quantize(x, fmt)
     checks = {"quantize": np.array_equal(cuda_port.quantize(x, fmt), packed)}
     y = tbq.dequantize(packed, fmt)
     checks["dequantize"] = np.array_equal(cuda_port.dequantize(packed, fmt), y)
-    q = rng.standard_normal((QUERIES, ROW)).astype(np.float32)
+    q = rng.standard_normal((QUERIES, n)).astype(np.float32)
     p = rng.random((QUERIES, len(x)), dtype=np.float32)
     if "K" in fmt.side and not fmt.sibling:
         expected = tbq.scores(q, packed, fmt)
@@ -156,14 +160,14 @@ def _one(fmt: tbq.Format, rows: int, clock: _Clock) -> dict:
     timings = {}
     if exact:  # a wrong kernel is not timed
         few = max(1, rows // 64) if searches else rows
-        source = cuda.to_device(np.resize(x, (few, ROW)))
+        source = cuda.to_device(np.resize(x, (few, n)))
         stored = cuda.to_device(np.resize(packed, (rows, packed.shape[1])))
-        n_bytes = (4 * ROW + packed.shape[1]) * rows
+        n_bytes = (4 * n + packed.shape[1]) * rows
         seconds = clock.seconds(lambda: cuda_port.quantize(source, fmt))
-        blocks = few * ROW // fmt.block_values
-        timings["quantize"] = _timing(seconds, n_bytes * few // rows, few, blocks)
+        blocks = few * n // fmt.block_values
+        timings["quantize"] = _timing(seconds, n_bytes * few // rows, few * n, blocks)
         seconds = clock.seconds(lambda: cuda_port.dequantize(stored, fmt))
-        timings["dequantize"] = _timing(seconds, n_bytes, rows, rows * ROW // fmt.block_values)
+        timings["dequantize"] = _timing(seconds, n_bytes, rows * n, rows * n // fmt.block_values)
         weights = rng.random((QUERIES, rows), dtype=np.float32)
         attention = {
             "scores": lambda: cuda_port.scores(q, stored, fmt),
@@ -171,15 +175,16 @@ def _one(fmt: tbq.Format, rows: int, clock: _Clock) -> dict:
         }
         for name in attention.keys() & checks.keys():  # bytes of the packed rows alone
             seconds = clock.seconds(attention[name])
-            timings[name] = _timing(seconds, stored.size, rows, stored.size // fmt.block_bytes)
-    return {"format": fmt.key, "exact": exact, "checks": checks, "timings": timings}
+            blocks = stored.size // fmt.block_bytes
+            timings[name] = _timing(seconds, stored.size, rows * n, blocks)
+    return {"format": fmt.label, "exact": exact, "checks": checks, "timings": timings}
 
 
-def _timing(seconds: float, n_bytes: int, rows: int, blocks: int) -> dict:
+def _timing(seconds: float, n_bytes: int, values: int, blocks: int) -> dict:
     return {
         "seconds": seconds,
         "gb_s": n_bytes / seconds / 1e9,
-        "mvalues_s": rows * ROW / seconds / 1e6,
+        "mvalues_s": values / seconds / 1e6,
         "blocks_s": blocks / seconds,
     }
 

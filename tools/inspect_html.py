@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import io
 from collections.abc import Iterable, Iterator, Sequence
-from html import escape
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from gguf_io import AtomicFiles
 from tbq import BackendError
 
+from .console import shown
 from .inspect_text import (
     CANDIDATE_HEADER,
     MIB,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from .inspection import Inspection
+    from gguf_io.inspection import Inspection
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem;
@@ -43,6 +44,11 @@ th { font-weight: 600; } th:first-child, td:first-child { text-align: left; }
 COLORS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
 MARKERS = "osD^vP*X"
 SIDES = {"K": "keys", "V": "values", "T": "tensors"}
+
+
+def escape(text: object) -> str:
+    """Return text as HTML, what is not printable as `console.shown` writes it."""
+    return html.escape(shown(text))
 
 
 def require_matplotlib() -> None:
@@ -267,7 +273,7 @@ def _channel_map(found: Inspection) -> Figure | None:
     for axes, (kind, fs) in zip(grid[0], sides.items(), strict=True):
         image = _channel_image([h.channel_rms for f in fs for h in f.heads])
         limit = max(1.0, float(np.abs(image).max()))
-        shown = axes.imshow(
+        picture = axes.imshow(
             image, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest"
         )
         starts = np.cumsum([0] + [len(f.heads) for f in fs[:-1]])
@@ -276,7 +282,7 @@ def _channel_map(found: Inspection) -> Figure | None:
         axes.set(
             title=SIDES[kind], xlabel="channel of the head", ylabel="layer (one line per head)"
         )
-        figure.colorbar(shown, ax=axes)
+        figure.colorbar(picture, ax=axes)
     return figure
 
 

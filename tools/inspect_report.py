@@ -5,12 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from gguf_io import StateFile
+from gguf_io.candidates import Combination
+from gguf_io.inspection import Findings, Inspection
 from gguf_io.state_parser import DEFERRED_STATES, KvMemory
-from gguf_io.types import type_key
-
-from .attention_error import QUERIES
-from .candidates import Combination
-from .inspection import Findings, Inspection
+from tbq.quality.attention_error import QUERIES
 
 SCHEMA = "tbq-inspect/1"
 F16_BITS = 16
@@ -65,7 +63,7 @@ def _gguf(file) -> dict:
     return {
         "version": file.version,
         "shards": [str(path) for path in file.shard_paths],
-        "architecture": file.metadata.get("general.architecture"),
+        "architecture": file.architecture,
         "metadata_keys": len(file.metadata),
     }
 
@@ -126,8 +124,8 @@ def _tensor(f: Findings) -> dict:
         "name": t.name,
         "kind": t.kind,
         "layer": t.layer,
-        "type": type_key(t.format),
-        "type_id": t.format.type_id,
+        "type": t.format.label,
+        "type_id": t.type_id,
         "ggml_shape": list(t.ggml_shape),
         "n_bytes": t.n_bytes,
         "values": t.n_values if known else None,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gguf_io.state_writer import MIXED_DIALECTS
+from tbq.registry import get_dialect
+
+from .console import say, shown
 
 MIB = 1024 * 1024
 WIDTH = 100
@@ -25,7 +27,9 @@ def print_report(report: dict) -> None:
 def _wrapped(prefix: str, text: str) -> str:
     import textwrap
 
-    return textwrap.fill(text, WIDTH, initial_indent=prefix, subsequent_indent=" " * len(prefix))
+    return textwrap.fill(
+        shown(text), WIDTH, initial_indent=prefix, subsequent_indent=" " * len(prefix)
+    )
 
 
 def number(value: float | None, spec: str) -> str:
@@ -35,21 +39,22 @@ def number(value: float | None, spec: str) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table: the first column left-aligned, the others to the right."""
+    rows = [tuple(map(shown, row)) for row in rows]
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     for row in (header, *rows):
         cells = [row[0].ljust(widths[0])]
         cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        print("  " + "  ".join(cells).rstrip())
+        say("  " + "  ".join(cells).rstrip())
 
 
 def _print_file(report: dict) -> None:
-    print(report["path"])
+    say(report["path"])
     if report["state"]:
         _print_state(report["state"])
     else:
         gguf = report["gguf"]
-        print(f"  GGUF v{gguf['version']}, architecture {gguf['architecture']}", end="")
-        print(f", {len(gguf['shards'])} file(s), {gguf['metadata_keys']} metadata keys")
+        line = f"  GGUF v{gguf['version']}, architecture {gguf['architecture']}"
+        say(f"{line}, {len(gguf['shards'])} file(s), {gguf['metadata_keys']} metadata keys")
     print(_wrapped("  dialect   ", f"{report['dialect'] or 'none'}: {report['dialect_reason']}"))
     totals = report["totals"]
     size = f"{totals['tensors']} tensors, {totals['n_bytes'] / MIB:.2f} MiB"
@@ -64,7 +69,7 @@ def _print_state(state: dict) -> None:
     line += f", architecture {state['architecture']}" if state["architecture"] else ""
     line += f", {state['tokens']} tokens" if state["tokens"] is not None else ""
     line += " (llama-server's serialised list)" if state["server_tokens"] else ""
-    print(f"  {line}")
+    say(f"  {line}")
     print(_wrapped("  layout    ", f"{state['layout']}: {state['layout_reason']}"))
     for memory in state["memories"]:
         for i, stream in enumerate(memory["streams"]):
@@ -166,7 +171,8 @@ def _print_reference(report: dict) -> None:
         return
     cells = report["reference"]["cells"]
     over = f" over {cells} cells" if cells is not None else ""
-    print(f"\nAgainst {report['reference']['path']}{over}")
+    print()
+    say(f"Against {report['reference']['path']}{over}")
     table(REFERENCE_HEADER, reference_rows(report))
     if any(t["reference"] and t["reference"]["attention"] for t in report["tensors"]):
         print(_wrapped("  ", "The attention of a layer is that of its K and V together."))
@@ -193,8 +199,9 @@ def _print_choice(choice: dict | None) -> None:
         types = f"K {c['k']}" + (f", V {c['v']}" if c["v"] else "")
         print(f"  all layers alike{of}: {types}: {c['bpw']:.2f} bits per value")
         if c["layers_bpw"] < c["bpw"]:
-            can = "" if c["dialect"] in MIXED_DIALECTS else ", which it cannot load as one cache"
+            mixed = c["dialect"] and get_dialect(c["dialect"]).state.mixed
+            can = "" if mixed else ", which it cannot load as one cache"
             print(f"  layer by layer{of}: {c['layers_bpw']:.2f} bits per value{can}")
             for layer in c["layers"]:
                 v = f", V {layer['v']}" if layer["v"] else ""
-                print(f"    {layer['layer']}: K {layer['k']}{v}")
+                say(f"    {layer['layer']}: K {layer['k']}{v}")

@@ -8,13 +8,14 @@ import os
 import numpy as np
 
 from tbq import BackendError, Format
+from tbq.registry import get_dialect
+from tbq.vectors import Case
 
-from .vector_check import Kernel
-from .vector_set import Case
+from .vector_check import Kernel, Output
 
 
 def library_kernel(path: str, dialects: set[str]) -> Kernel:
-    """Return a kernel that runs `quantize_row_NAME_ref` and `dequantize_row_NAME` row by row.
+    """Return a kernel that runs the C functions of a dialect (`Dialect.functions`) row by row.
 
     Functions are named by the type alone, so a library is of one dialect.
 
@@ -36,22 +37,27 @@ def library_kernel(path: str, dialects: set[str]) -> Kernel:
     except OSError as error:
         raise BackendError("libggml", f"cannot load {path}: {error}") from None
 
-    def run(case: Case) -> np.ndarray | None:
+    def run(case: Case) -> Output | None:
         if case.op not in ("quantize", "dequantize") or case.format.sibling:
             return None
         function = _function(library, case.op, case.format)
         if function is None:
             return None
-        source = case.inputs["x" if case.op == "quantize" else "packed"]
-        out = np.empty_like(case.expected)
-        rows_in = np.ascontiguousarray(source).reshape(-1, source.shape[-1])
-        rows_out = out.reshape(-1, out.shape[-1])
-        values = case.format.row_values((rows_out if case.op == "quantize" else rows_in).shape[-1])
-        for row, result in zip(rows_in, rows_out, strict=True):
-            function(row.ctypes.data, result.ctypes.data, values)
-        return out
+        return Output(*(_called(function, case, old) for old in (0, 0xFF)))
 
     return run
+
+
+def _called(function, case: Case, old: int) -> np.ndarray:
+    """Return what a function makes of a case's rows in a destination of bytes `old`."""
+    source = case.inputs["x" if case.op == "quantize" else "packed"]
+    out = np.full(case.expected.nbytes, old, np.uint8).view(case.expected.dtype)
+    rows_in = np.ascontiguousarray(source).reshape(-1, source.shape[-1])
+    rows_out = out.reshape(-1, case.expected.shape[-1])
+    values = case.format.row_values((rows_out if case.op == "quantize" else rows_in).shape[-1])
+    for row, result in zip(rows_in, rows_out, strict=True):
+        function(row.ctypes.data, result.ctypes.data, values)
+    return out.reshape(case.expected.shape)
 
 
 def require_functions(path: str, formats: list[Format]) -> None:
@@ -60,16 +66,22 @@ def require_functions(path: str, formats: list[Format]) -> None:
     for fmt in formats:
         if any(_function(library, op, fmt) for op in ("quantize", "dequantize")):
             return
-    names = ", ".join(sorted({_name("quantize", fmt) for fmt in formats})[:3])
-    raise BackendError("libggml", f"{path} has none of the functions, such as {names}")
+    names = sorted({name for fmt in formats if (name := _name("quantize", fmt))})[:3]
+    found = f"none of the functions, such as {', '.join(names)}" if names else "no functions"
+    raise BackendError("libggml", f"{path} has {found}")
 
 
-def _name(op: str, fmt: Format) -> str:
-    return f"quantize_row_{fmt.name}_ref" if op == "quantize" else f"dequantize_row_{fmt.name}"
+def _name(op: str, fmt: Format) -> str | None:
+    """Return what a C function is called; None if the library of the dialect has none."""
+    functions = get_dialect(fmt.dialect).functions
+    if functions is None:
+        return None
+    return functions[op == "dequantize"].format(name=fmt.name)
 
 
 def _function(library: ctypes.CDLL, op: str, fmt: Format):
-    function = getattr(library, _name(op, fmt), None)
+    name = _name(op, fmt)
+    function = getattr(library, name, None) if name else None
     if function is not None:
         function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
         function.restype = None

@@ -17,14 +17,15 @@ from pathlib import Path
 import numpy as np
 
 import tbq
+from tbq.api import index_step
 from tbq.errors import InputError
 
 from . import console
 
 VALUES = 4 << 20
-SECONDS = 1.0  # a case that would take longer gets fewer rows, a check fewer blocks
+SECONDS = 1.0  # a case that would take longer gets fewer rows, and so does a check
 WARM_UPS = 2
-CHECKED_BLOCKS = 64
+CHECKED_ROWS = 64
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,21 +49,21 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program; returns the exit code."""
-    return console.run(build_parser(), bench, argv)
+    return console.run(build_parser(), bench, argv, lists=lambda args: not args.out)
 
 
 def bench(args: argparse.Namespace) -> int:
     """Measure, print a table, and append the records to a file."""
-    formats = [tbq.get_format(name) for name in args.formats] or list(tbq.formats())
-    try:
-        lengths = [int(text) for text in args.rows.split(",")]
-    except ValueError:
-        raise InputError("--rows", args.rows, "row lengths such as 256,4096") from None
+    chosen = [tbq.get_format(name) for name in args.formats] or tbq.formats()
+    formats = [variant for fmt in chosen for variant in fmt.variants()]
+    lengths = _lengths(args.rows)
     if args.rounds < 1 or args.threads < 1:
         raise InputError("--rounds, --threads", f"{args.rounds}, {args.threads}", "at least 1")
     if args.out:
+        if os.path.exists(args.out) and not os.path.isfile(args.out):  # a FIFO would be waited for
+            raise InputError("--out", args.out, "a regular file or a new path")
         open(args.out, "a").close()  # fails now rather than after minutes
-    wrong = [fmt.key for fmt in formats if not _is_exact(fmt)]
+    wrong = [fmt.label for fmt in formats if not _is_exact(fmt)]
     if wrong:
         print(f"tbq-bench: error: not exact, not timed: {', '.join(wrong)}", file=sys.stderr)
         return console.FAILED
@@ -85,17 +86,26 @@ def bench(args: argparse.Namespace) -> int:
     return console.OK
 
 
+def _lengths(text: str) -> list[int]:
+    """Parse `--rows`."""
+    digits = [part.strip() for part in text.split(",")]
+    lengths = [int(part) if part.isdecimal() and len(part) < 10 else 0 for part in digits]
+    if not all(0 < n <= VALUES for n in lengths):
+        raise InputError("--rows", text[:60], f"row lengths from 1 to {VALUES}, such as 256,4096")
+    return lengths
+
+
 def _is_exact(fmt: tbq.Format) -> bool:
-    """Compare the kernels with the specification, block by block of one row."""
+    """Compare the kernels with the specification, row by row of one group each."""
     rng = np.random.default_rng(1)
-    x = rng.standard_normal((CHECKED_BLOCKS, fmt.block_values)).astype(np.float32)
-    packed = tbq.quantize(x.reshape(-1), fmt).reshape(CHECKED_BLOCKS, -1)
+    x = rng.standard_normal((CHECKED_ROWS, fmt.group_values)).astype(np.float32)
+    packed = tbq.quantize(x, fmt)
     y = tbq.dequantize(packed, fmt)
     began = time.perf_counter()
-    for i in range(CHECKED_BLOCKS):
-        block = fmt.quantize_ref(fmt, x[i : i + 1], np.array([i]))
-        expected = fmt.dequantize_ref(fmt, block)
-        if block.tobytes() != packed[i].tobytes() or expected.tobytes() != y[i].tobytes():
+    for i in range(CHECKED_ROWS):
+        row = fmt.codec.quantize_rows(x[i : i + 1], i * index_step(fmt, x.shape[1]))
+        expected = fmt.codec.dequantize_rows(row)
+        if row.tobytes() != packed[i].tobytes() or expected.tobytes() != y[i].tobytes():
             return False
         if time.perf_counter() - began > SECONDS:
             break
@@ -119,15 +129,15 @@ def _cases(formats: list[tbq.Format], n: int, threads: int) -> dict[str, Case]:
         "gguf-py q4_0 dequantize": (lambda: gguf.dequantize(packed_q4_0, q4_0), x.size),
     }
     for fmt in formats:
-        if n % fmt.block_values:
+        if n % fmt.group_values:
             continue
         some = x[: _affordable_rows(fmt, x)]
         packed = tbq.quantize(some, fmt)
         encode = {"x": some, "fmt": fmt, "out": packed.copy(), "threads": threads}
         repeated = np.resize(packed, (len(x), packed.shape[1]))
         decode = {"packed": repeated, "fmt": fmt, "out": copy, "threads": threads}
-        cases[f"{fmt.key} quantize"] = (lambda kw=encode: tbq.quantize(**kw), some.size)
-        cases[f"{fmt.key} dequantize"] = (lambda kw=decode: tbq.dequantize(**kw), x.size)
+        cases[f"{fmt.label} quantize"] = (lambda kw=encode: tbq.quantize(**kw), some.size)
+        cases[f"{fmt.label} dequantize"] = (lambda kw=decode: tbq.dequantize(**kw), x.size)
     return cases
 
 

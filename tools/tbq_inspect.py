@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tbq
@@ -14,11 +16,12 @@ from . import console, state_options
 
 if TYPE_CHECKING:  # imported where they are used, --help needs none
     from gguf_io import GgufFile, StateFile
-
-    from .candidates import Combination
+    from gguf_io.candidates import Combination
 
 DEFAULT_MAX_KL = 0.01
 DEFAULT_MAX_ROWS = 4096
+LAYER_RANGE = re.compile(r"([0-9]{1,30})(?:-([0-9]{1,30}))?")
+SHOWN_CHARACTERS = 60  # of an argument that may be of any length
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -74,14 +77,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program; returns the exit code."""
-    return console.run(build_parser(), inspect_command, argv)
+    return console.run(build_parser(), inspect_command, argv, lists=lambda args: not args.html)
 
 
 def inspect_command(args: argparse.Namespace) -> int:
     """Carry out one inspection; returns the exit code."""
+    from gguf_io.atomic import refuse_inputs
+    from gguf_io.candidates import parse_candidates
+    from gguf_io.inspection import Settings, inspect_file, selected_tensors
+
     from . import inspect_report
-    from .candidates import parse_candidates
-    from .inspection import Settings, inspect_file, selected_tensors
 
     _check(args)
     if args.html:
@@ -89,7 +94,8 @@ def inspect_command(args: argparse.Namespace) -> int:
 
         require_matplotlib()
     candidates = parse_candidates(args.candidates, args.dialect) if args.candidates else []
-    settings = Settings(args.max_rows, candidates, _layer_set(args.layers), args.threads)
+    layers = None if args.layers is None else Layers(args.layers)
+    settings = Settings(args.max_rows, candidates, layers, args.threads)
     with contextlib.ExitStack() as files:
         file = files.enter_context(_open(args, args.file))
         reference = None
@@ -99,9 +105,11 @@ def inspect_command(args: argparse.Namespace) -> int:
             if type(file) is not type(reference):
                 got = f"{args.reference}, another kind of file than {args.file}"
                 raise InputError("--reference", got, "a twin of it")
+        if args.html:
+            refuse_inputs([args.html], _inputs(args, file, reference))
         tensors = selected_tensors(file, settings.layers)
         if args.layers and not tensors:
-            raise InputError("--layers", args.layers, "layers that the file has")
+            raise InputError("--layers", args.layers[:SHOWN_CHARACTERS], "layers that the file has")
         total = sum(t.n_bytes for t in tensors) * (1 + len(candidates))
         with console.Progress(total, "inspecting") as progress:
             found = inspect_file(file, reference, settings, progress)
@@ -117,8 +125,17 @@ def inspect_command(args: argparse.Namespace) -> int:
 
             print_report(report)
             if args.html:
-                print(f"\nwrote {args.html}")
+                print()
+                console.say(f"wrote {args.html}")
     return console.OK
+
+
+def _inputs(args: argparse.Namespace, *files: GgufFile | StateFile | None) -> list[Path]:
+    """Return every file that is read."""
+    found = [Path(args.model)] if args.model else []
+    for file in filter(None, files):
+        found += getattr(file, "shard_paths", None) or [file.path]
+    return found
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -135,16 +152,21 @@ def _check(args: argparse.Namespace) -> None:
             raise InputError(flag, str(value), "--candidates to choose from")
 
 
-def _layer_set(text: str | None) -> set[int] | None:
-    if text is None:
-        return None
-    layers: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise InputError("--layers", text, "numbers and ranges, such as 0,5-8")
-        layers.update(range(int(first), int(last or first) + 1))
-    return layers
+class Layers:
+    """The layer numbers that `--layers` names: ranges, which may be as long as they like."""
+
+    def __init__(self, text: str) -> None:
+        self.ranges = []
+        for part in text.split(","):
+            match = LAYER_RANGE.fullmatch(part.strip())
+            first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+            if last < first:
+                need = "numbers and ranges, such as 0,5-8"
+                raise InputError("--layers", text[:SHOWN_CHARACTERS], need)
+            self.ranges.append(range(first, last + 1))
+
+    def __contains__(self, layer: int | None) -> bool:
+        return layer is not None and any(layer in some for some in self.ranges)
 
 
 def _open(args: argparse.Namespace, path: str, **changes) -> GgufFile | StateFile:
@@ -164,7 +186,7 @@ def _limits(args: argparse.Namespace) -> dict[str, float]:
 
 
 def _cheapest(args: argparse.Namespace, found) -> list[Combination]:
-    from .candidates import cheapest
+    from gguf_io.candidates import cheapest
 
     layers = found.layer_candidates()
     return cheapest(layers, **_limits(args)) if layers else []

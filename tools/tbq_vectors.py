@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING
 
 import tbq
 from tbq.errors import InputError
+from tbq.registry import get_dialect
 
 from . import console
 
 if TYPE_CHECKING:  # imported where they are used, --help needs none
     from tbq import Format
+
+    from .vector_files import VectorSet
 
 MIB = 1024 * 1024
 
@@ -67,7 +70,8 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program; returns the exit code."""
-    return console.run(build_parser(), run, argv, has_subcommands=True)
+    lists = lambda args: args.command == "list"  # noqa: E731
+    return console.run(build_parser(), run, argv, has_subcommands=True, lists=lists)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,17 +83,22 @@ def _formats(args: argparse.Namespace) -> list[Format] | None:
     """Return the formats that were asked for; None if nothing was."""
     if args.formats is None:
         return None
+    ours = tbq.formats()
     found: list[Format] = []
     for name in args.formats.split(","):
         if name.strip().lower() in tbq.dialects():
-            found += [fmt for fmt in tbq.formats() if fmt.dialect == name.strip().lower()]
+            asked = get_dialect(name).formats
         else:
-            found.append(tbq.get_format(name))
+            asked = (tbq.get_format(name),)
+        chosen = [fmt for fmt in ours if fmt in asked]
+        if not chosen:
+            raise InputError("--formats", name.strip(), "formats of a fork; ggml tests its own")
+        found += chosen
     return list(dict.fromkeys(found))
 
 
 def _operations(args: argparse.Namespace) -> list[str] | None:
-    from .vector_set import OPERATIONS
+    from tbq.vectors import OPERATIONS
 
     if args.ops is None:
         return None
@@ -101,12 +110,13 @@ def _operations(args: argparse.Namespace) -> list[str] | None:
 
 
 def _cases(args: argparse.Namespace, seed: int, size: str):
-    from .vector_set import OPERATIONS, cases
+    from tbq.vectors import OPERATIONS, cases
 
     formats, operations = _formats(args), _operations(args)
     if formats is not None and operations is None:
         operations = [op for op in OPERATIONS if op != "rotation"]  # those have no format
-    return cases(formats or tbq.formats(), operations or OPERATIONS, seed, size)
+    chosen = tbq.formats() if formats is None else formats
+    return cases(chosen, operations or OPERATIONS, seed, size)
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -118,8 +128,8 @@ def _generate(args: argparse.Namespace) -> int:
     manifest = write_set(folder, _cases(args, args.seed, args.size), args.seed, args.size)
     size = sum(record["bytes"] for record in manifest["files"].values())
     size += (folder / "manifest.json").stat().st_size
-    print(f"wrote {len(manifest['cases'])} cases in {len(manifest['files'])} files, ", end="")
-    print(f"{size / MIB:.2f} MiB, to {folder}")
+    counts = f"{len(manifest['cases'])} cases in {len(manifest['files'])} files"
+    console.say(f"wrote {counts}, {size / MIB:.2f} MiB, to {folder}")
     return console.OK
 
 
@@ -133,10 +143,14 @@ def _check(args: argparse.Namespace) -> int:
     entries = vectors.entries(_formats(args), _operations(args))
     if not entries:
         raise InputError("--formats, --ops", "no case of the set", "some that it has")
-    kernel = (
-        _library(args, entries) if args.libggml else vector_check.files_kernel(Path(args.actual))
-    )
-    outcome = vector_check.check(vectors, entries, kernel)
+    if args.libggml:
+        kernel = _library(args, vectors, entries)
+    else:
+        kernel = vector_check.files_kernel(Path(args.actual))
+    if args.junit:
+        _refuse_inputs(args)
+    with console.Progress(len(entries), "checking", unit=" cases") as progress:
+        outcome = vector_check.check(vectors, entries, kernel, progress.advance)
     if args.junit:
         from gguf_io import AtomicFiles
 
@@ -146,14 +160,23 @@ def _check(args: argparse.Namespace) -> int:
         console.print_json(vector_check.report(vectors, outcome))
     else:
         for line in vector_check.lines(vectors, outcome, args.verbose):
-            print(line)
+            console.say(line)
     return console.FAILED if outcome.wrong else console.OK
 
 
-def _library(args: argparse.Namespace, entries: list[dict]):
+def _refuse_inputs(args: argparse.Namespace) -> None:
+    from gguf_io.atomic import refuse_inputs
+
+    folders = [Path(name) for name in (args.vectors, args.actual) if name]
+    inputs = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    refuse_inputs([args.junit], inputs + ([args.libggml] if args.libggml else []))
+
+
+def _library(args: argparse.Namespace, vectors: VectorSet, entries: list[dict]):
     from .libggml import library_kernel, require_functions
 
-    formats = [tbq.get_format(key) for key in dict.fromkeys(e["format"] for e in entries) if key]
+    named = {entry["format"]: entry for entry in entries if entry["format"]}
+    formats = [vectors.format(entry) for entry in named.values()]
     kernel = library_kernel(args.libggml, {fmt.dialect for fmt in formats})
     require_functions(args.libggml, formats)
     return kernel
@@ -173,7 +196,7 @@ def _list(args: argparse.Namespace) -> int:
         console.print_json({"cases": [dict(zip(keys, row, strict=True)) for row in rows]})
         return console.OK
     for name, mode, flags, comment in rows:
-        print(f"{name:<48} {mode:<9} {comment} [{', '.join(flags)}]")
+        console.say(f"{name:<48} {mode:<9} {comment} [{', '.join(flags)}]")
     return console.OK
 
 

@@ -3,24 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
 
 from tbq import FileFormatError
+from tbq.vectors import (
+    EXACT,
+    ROUNDING,
+    WRONG,
+    Case,
+    Comparison,
+    Diagnosis,
+    compare,
+    diagnose,
+    format_name,
+)
+from tbq.vectors.match import groups
 
-from .diagnosis import Diagnosis, diagnose
-from .vector_compare import EXACT, ROUNDING, WRONG, Comparison, compare, format_name
-from .vector_files import DTYPES, VectorSet, read_exactly
-from .vector_set import Case
+from .console import shown
+from .vector_files import VectorSet, read_exactly
+from .vector_manifest import DTYPES
 
 SCHEMA = "tbq-vectors-check/1"
 VERDICTS = (EXACT, ROUNDING, WRONG)
+MISSING = "missing"
+OLD_BYTES = "depends on the old bytes of its destination"
+
+
+class Output(NamedTuple):
+    """What a kernel wrote for a case.
+
+    Attributes:
+        array: the output.
+        dirty: the same into a destination that held 0xFF everywhere; None if that was not tried.
+    """
+
+    array: np.ndarray
+    dirty: np.ndarray | None = None
+
 
 # Returns a kernel's output for a case, or None if it has no such operation.
-Kernel = Callable[[Case], np.ndarray | None]
+Kernel = Callable[[Case], Output | None]
 
 
 @dataclass
@@ -29,12 +56,55 @@ class Group:
 
     name: str
     op: str
-    comparisons: list[Comparison]
-    diagnoses: list[Diagnosis]
+    comparisons: list[Comparison] = field(default_factory=list)
+    missing: list[tuple[str, str]] = field(default_factory=list)
+    stale: list[Diagnosis] = field(default_factory=list)
+    diagnoses: list[Diagnosis] = field(default_factory=list)
 
     def count(self, verdict: str) -> int:
         """Return how many cases had a verdict."""
+        if verdict == MISSING:
+            return len(self.missing)
         return sum(c.verdict == verdict for c in self.comparisons)
+
+    @property
+    def failed(self) -> bool:
+        """Whether a case is wrong, or its output cannot be read."""
+        return bool(self.missing) or self.count(WRONG) > 0
+
+    def add(self, case: Case, output: Output) -> None:
+        """Compare a case's output, and with it what was written over other bytes."""
+        found = compare(case, output.array)
+        if output.dirty is not None:
+            stale = _old_bytes(case, output)
+            if stale is not None:
+                self.stale.append(stale)
+                if found.verdict != WRONG:
+                    found.verdict, found.detail = WRONG, f"{OLD_BYTES}: {stale.detail}"
+        self.comparisons.append(found)
+
+    def diagnose(self) -> None:
+        """Find out what is wrong with the outputs that are, by themselves, not exact."""
+        own = [c for c in self.comparisons if not c.detail.startswith(OLD_BYTES)]
+        self.diagnoses = self.stale[:1]
+        if any(c.verdict != EXACT for c in own):
+            self.diagnoses = self.diagnoses + diagnose(own)
+
+
+def _old_bytes(case: Case, output: Output) -> Diagnosis | None:
+    """Say which bytes of an output are what the destination held before; None if none are."""
+    a, b = (groups(case, x.reshape(case.expected.shape)) for x in output)
+    a, b = (np.ascontiguousarray(x).view(np.uint8).reshape(len(x), -1) for x in (a, b))
+    differs = a != b
+    if not differs.any():
+        return None
+    where = np.flatnonzero(differs.any(axis=0))
+    places = f"byte {where[0]}" if len(where) == 1 else f"{len(where)} bytes from byte {where[0]}"
+    untouched = (a[differs] == 0).all() and (b[differs] == 0xFF).all()
+    why = "never written" if untouched else "written without being cleared first"
+    bad = differs.any(axis=1)
+    detail = f"{places} of {bad.sum()} of {len(bad)} groups, {why}"
+    return Diagnosis(OLD_BYTES, detail, 1.0)
 
 
 @dataclass
@@ -46,8 +116,8 @@ class Outcome:
 
     @property
     def wrong(self) -> bool:
-        """Whether any case is wrong."""
-        return any(group.count(WRONG) for group in self.groups)
+        """Whether any case is wrong or missing."""
+        return any(group.failed for group in self.groups)
 
 
 def files_kernel(folder: Path) -> Kernel:
@@ -55,36 +125,47 @@ def files_kernel(folder: Path) -> Kernel:
     if not folder.is_dir():
         raise FileFormatError(folder, None, "not a folder with outputs")
 
-    def output(case: Case) -> np.ndarray:
+    def output(case: Case) -> Output:
         kind = "u8" if case.expected.dtype == np.uint8 else "f32"
         path = folder / f"{case.id}.{case.output}.{kind}"
-        return np.frombuffer(read_exactly(path, case.expected.nbytes), DTYPES[kind])
+        return Output(np.frombuffer(read_exactly(path, case.expected.nbytes), DTYPES[kind]))
 
     return output
 
 
-def check(vectors: VectorSet, entries: list[dict], kernel: Kernel) -> Outcome:
-    """Run and compare cases.
+def check(
+    vectors: VectorSet,
+    entries: list[dict],
+    kernel: Kernel,
+    advance: Callable[[int], None] = lambda n: None,
+) -> Outcome:
+    """Run and compare cases; `advance` is told of each that is done.
+
+    An output that is missing or of the wrong size is a case's verdict, not the end of the run.
 
     Raises:
-        FileFormatError: a file of the set or an output is missing or has the wrong size.
+        FileFormatError: a file of the set is missing or damaged.
     """
-    groups: dict[tuple[str, str], list[Comparison]] = {}
+    found: dict[tuple[str, str], Group] = {}
     not_run = []
     for entry in entries:
+        key = format_name(vectors.format(entry), entry["rotation"]), entry["op"]
+        group = found.setdefault(key, Group(*key))
         case = vectors.load(entry)
-        actual = kernel(case)
-        if actual is None:
-            not_run.append(case.id)
-            continue
-        key = format_name(case.format, case.rotation), case.op
-        groups.setdefault(key, []).append(compare(case, actual))
-    return Outcome([_group(*key, found) for key, found in groups.items()], not_run)
-
-
-def _group(name: str, op: str, found: list[Comparison]) -> Group:
-    wrong = any(c.verdict == WRONG for c in found)
-    return Group(name, op, found, diagnose(found) if wrong else [])
+        try:
+            output = kernel(case)
+        except FileFormatError as error:
+            group.missing.append((case.id, str(error)))
+        else:
+            if output is None:
+                not_run.append(case.id)
+            else:
+                group.add(case, output)
+        advance(1)
+    groups_ = [group for group in found.values() if group.comparisons or group.missing]
+    for group in groups_:
+        group.diagnose()
+    return Outcome(groups_, not_run)
 
 
 # --- reports -------------------------------------------------------------------------------------
@@ -94,8 +175,13 @@ def lines(vectors: VectorSet, outcome: Outcome, verbose: bool) -> Iterator[str]:
     """Yield the report for a terminal."""
     notes = vectors.manifest["notes"]
     for group in outcome.groups:
-        counts = ", ".join(f"{group.count(v)} {v}" for v in VERDICTS if group.count(v))
-        yield f"{'FAIL' if group.count(WRONG) else 'ok  '} {group.name} {group.op}: {counts}"
+        every = (*VERDICTS, MISSING)
+        counts = ", ".join(f"{group.count(v)} {v}" for v in every if group.count(v))
+        yield f"{'FAIL' if group.failed else 'ok  '} {group.name} {group.op}: {counts}"
+        shown_ = group.missing if verbose else group.missing[:3]
+        yield from (f"       {name}: {reason}" for name, reason in shown_)
+        if len(shown_) < len(group.missing):
+            yield f"       and {len(group.missing) - len(shown_)} more"
         for c in group.comparisons:
             if c.verdict == WRONG or (verbose and c.verdict != EXACT):
                 yield f"       {c.case.id}: {c.verdict}: {c.detail}"
@@ -108,7 +194,7 @@ def lines(vectors: VectorSet, outcome: Outcome, verbose: bool) -> Iterator[str]:
             flags = _suspicious_flags(group)
             hint = (
                 f"; only cases of {', '.join(flags)} fail: {notes[flags[0]]['bug']}"
-                if flags
+                if flags and flags[0] in notes
                 else ""
             )
             yield f"     > no known bug explains it{hint}"
@@ -135,7 +221,7 @@ def report(vectors: VectorSet, outcome: Outcome) -> dict:
             {
                 "format": group.name,
                 "op": group.op,
-                "counts": {v: group.count(v) for v in VERDICTS},
+                "counts": {v: group.count(v) for v in (*VERDICTS, MISSING)},
                 "diagnoses": [
                     {"bug": d.bug, "detail": d.detail, "explained": d.explained}
                     for d in group.diagnoses
@@ -150,11 +236,23 @@ def report(vectors: VectorSet, outcome: Outcome) -> dict:
                         "worst": c.worst,
                     }
                     for c in group.comparisons
-                ],
+                ]
+                + [_missing_case(*pair) for pair in group.missing],
             }
             for group in outcome.groups
         ],
         "not_run": outcome.not_run,
+    }
+
+
+def _missing_case(name: str, reason: str) -> dict:
+    return {
+        "id": name,
+        "verdict": MISSING,
+        "detail": reason,
+        "flags": [],
+        "bad_groups": [],
+        "worst": None,
     }
 
 
@@ -165,25 +263,31 @@ def junit(vectors: VectorSet, outcome: Outcome) -> bytes:
         suite = ElementTree.SubElement(
             root,
             "testsuite",
-            name=f"{group.name} {group.op}",
-            tests=str(len(group.comparisons)),
+            name=shown(f"{group.name} {group.op}"),
+            tests=str(len(group.comparisons) + len(group.missing)),
             failures=str(group.count(WRONG)),
+            errors=str(len(group.missing)),
         )
+        for name, reason in group.missing:
+            test = ElementTree.SubElement(suite, "testcase", name=shown(name), classname=group.name)
+            ElementTree.SubElement(test, "error", message=shown(reason))
         for c in group.comparisons:
-            test = ElementTree.SubElement(suite, "testcase", name=c.case.id, classname=group.name)
+            test = ElementTree.SubElement(
+                suite, "testcase", name=shown(c.case.id), classname=group.name
+            )
             if c.verdict == WRONG:
-                failure = ElementTree.SubElement(test, "failure", message=c.detail)
+                failure = ElementTree.SubElement(test, "failure", message=shown(c.detail))
                 failure.text = (
-                    "\n".join(map(str, group.diagnoses[:3])) or "no known bug explains it"
+                    "\n".join(map(shown, group.diagnoses[:3])) or "no known bug explains it"
                 )
             elif c.detail:
-                ElementTree.SubElement(test, "system-out").text = f"{c.verdict}: {c.detail}"
+                ElementTree.SubElement(test, "system-out").text = shown(f"{c.verdict}: {c.detail}")
     if outcome.not_run:
         suite = ElementTree.SubElement(
             root, "testsuite", name="not run", tests=str(len(outcome.not_run)), failures="0"
         )
         for name in outcome.not_run:
-            test = ElementTree.SubElement(suite, "testcase", name=name, classname="not run")
+            test = ElementTree.SubElement(suite, "testcase", name=shown(name), classname="not run")
             ElementTree.SubElement(test, "skipped")
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -19,15 +17,17 @@ from pathlib import Path
 import numpy as np
 
 import tbq
-from tbq import FileFormatError, Format, InputError, UnknownFormatError
+from gguf_io.atomic import new_folder
+from tbq import FileFormatError, Format, InputError, TbqError
+from tbq.format import EVIDENCE
+from tbq.registry import get_dialect
+from tbq.vectors import NOTES, Case
 
-from .vector_notes import NOTES
-from .vector_set import OPERATIONS, Case
+from .vector_manifest import DTYPES, check_case, check_manifest
 
 SCHEMA = "tbq-vectors/1"
 MANIFEST, TABLE, HEADER = "manifest.json", "cases.tsv", "tbq_vectors.h"
 LICENSE = "CC0-1.0"
-DTYPES = {"f32": np.dtype("<f4"), "u8": np.dtype("u1")}
 HEADER_SOURCE = Path(__file__).parent / "data" / HEADER
 MAX_MANIFEST = 1 << 28
 
@@ -42,16 +42,8 @@ def write_set(folder: Path, cases: Iterable[Case], seed: int, size: str) -> dict
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError("--out", str(folder), "a new or an empty folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        manifest = _write(scratch, cases, seed, size)
-        if folder.exists():
-            folder.rmdir()
-        scratch.chmod(0o755)
-        scratch.rename(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return manifest
+    with new_folder(folder) as scratch:
+        return _write(scratch, cases, seed, size)
 
 
 def _write(folder: Path, cases: Iterable[Case], seed: int, size: str) -> dict:
@@ -74,7 +66,7 @@ def _write(folder: Path, cases: Iterable[Case], seed: int, size: str) -> dict:
         lines += _lines(case, roles)
         flags.update(case.flags)
         if case.format is not None:
-            formats[case.format.key] = _format(case.format)
+            formats[case.format.label] = _format(case.format)
     put(TABLE, "".join(lines).encode())
     put(HEADER, HEADER_SOURCE.read_bytes())
     manifest = {
@@ -105,7 +97,7 @@ def _entry(case: Case, roles: dict) -> dict:
     return {
         "id": case.id,
         "op": case.op,
-        "format": case.format.key if case.format else None,
+        "format": case.format.label if case.format else None,
         "rotation": case.rotation,
         "flags": list(case.flags),
         "comment": case.comment,
@@ -118,7 +110,7 @@ def _entry(case: Case, roles: dict) -> dict:
 
 
 def _lines(case: Case, roles: dict) -> list[str]:
-    key = case.format.key if case.format else case.rotation
+    key = case.format.label if case.format else case.rotation
     limit = case.match.get("max", 0)
     lines = []
     for role, entry in roles.items():
@@ -133,23 +125,36 @@ def _lines(case: Case, roles: dict) -> list[str]:
 
 
 def _format(fmt: Format) -> dict:
-    return {
+    dialect = get_dialect(fmt.dialect)
+    entry = {
         "dialect": fmt.dialect,
         "name": fmt.name,
-        "type_id": fmt.type_id,
+        "type_id": dialect.type_id(fmt) if dialect.numbers(fmt) else None,
         "block_values": fmt.block_values,
         "block_bytes": fmt.block_bytes,
-        "block_index": fmt.block_index,
-        "fields": [
-            {"name": name, "offset": int(offset), "type": kind.base.str, "count": _count(kind)}
-            for name, (kind, offset, *_) in fmt.block.fields.items()
-        ],
+        "block_index": fmt.codec.position,
+        "fields": _fields(fmt.layout.stored),
         "source": fmt.source,
+        "evidence": EVIDENCE[fmt.evidence],
         "notes": fmt.notes,
     }
+    if fmt.choice:
+        entry["choice"] = fmt.choice
+    if fmt.group_values != fmt.block_values:
+        entry["group_values"] = fmt.group_values
+    if fmt.layout.per_row:
+        entry["row_header"] = _fields(fmt.layout.header)
+    return entry
 
 
-def _count(kind: np.dtype) -> int:
+def _fields(block: np.dtype) -> list[dict]:
+    return [
+        {"name": name, "offset": int(offset), "type": kind.base.str, "count": _items(kind)}
+        for name, (kind, offset, *_) in block.fields.items()
+    ]
+
+
+def _items(kind: np.dtype) -> int:
     return int(np.prod(kind.shape)) if kind.shape else 1
 
 
@@ -165,7 +170,9 @@ class VectorSet:
 
     def entries(self, formats: list[Format] | None, operations: list[str] | None) -> list[dict]:
         """Return the manifest's cases, of some formats and operations or of all."""
-        keys = None if formats is None else {fmt.key for fmt in formats}
+        keys = None
+        if formats is not None:
+            keys = {variant.label for fmt in formats for variant in fmt.variants()}
         return [
             entry
             for entry in self.manifest["cases"]
@@ -179,12 +186,9 @@ class VectorSet:
         Raises:
             FileFormatError: a file is missing or has other bytes; a format is not registered.
         """
-        try:
-            fmt = tbq.get_format(entry["format"]) if entry["format"] else None
-        except UnknownFormatError as error:
-            raise FileFormatError(self.folder / MANIFEST, None, f"{entry['id']}: {error}") from None
+        fmt = self.format(entry)
         output = entry["output"]
-        return Case(
+        case = Case(
             id=entry["id"],
             op=entry["op"],
             format=fmt,
@@ -198,6 +202,31 @@ class VectorSet:
             mask=self.read(entry["mask"]) if entry["mask"] else None,
             rotation=entry["rotation"],
         )
+        try:
+            check_case(case)
+        except (ValueError, TypeError) as error:
+            reason = f"case {case.id!r} is none: {error}"
+            raise FileFormatError(self.folder / MANIFEST, None, reason) from None
+        return case
+
+    def format(self, entry: dict) -> Format | None:
+        """Return the format of a case, with its choices made; None for rotations.
+
+        Raises:
+            FileFormatError: it is not registered, or has no such choice.
+        """
+        label = entry["format"]
+        if label is None:
+            return None
+        try:
+            found = tbq.get_format(label.partition("[")[0])
+        except TbqError as error:
+            raise FileFormatError(self.folder / MANIFEST, None, f"{entry['id']}: {error}") from None
+        for variant in found.variants():
+            if variant.label == label:
+                return variant
+        text = f"{entry['id']}: {found.label} has no choice {label!r}"
+        raise FileFormatError(self.folder / MANIFEST, None, text)
 
     def read(self, file: dict) -> np.ndarray:
         """Read one file of the set."""
@@ -238,33 +267,7 @@ def open_set(folder: Path) -> VectorSet:
         found = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
         raise FileFormatError(path, None, f"schema is {found!r}, {SCHEMA!r} is supported")
     try:
-        _check_manifest(manifest)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FileFormatError(path, None, f"the manifest is damaged: {error!r}") from None
+        check_manifest(manifest)
+    except (TypeError, ValueError) as error:
+        raise FileFormatError(path, None, f"the manifest is damaged: {error}") from None
     return VectorSet(folder, manifest)
-
-
-def _check_manifest(manifest: dict) -> None:
-    """Raise KeyError, TypeError or ValueError where a manifest is not what this program writes."""
-    for path, record in manifest["files"].items():
-        if Path(path).is_absolute() or ".." in Path(path).parts:
-            raise ValueError(f"{path!r} leaves the folder")
-        int(record["bytes"]), str(record["sha256"])
-    seen = set()
-    for entry in manifest["cases"]:
-        if entry["op"] not in OPERATIONS or entry["id"] in seen:
-            raise ValueError(f"case {entry['id']!r}: unknown operation, or there twice")
-        seen.add(entry["id"])
-        entry["flags"], entry["comment"], entry["rotation"], entry["format"]
-        if entry["match"]["mode"] not in ("exact", "boundary", "cost", "nmse"):
-            raise ValueError(f"case {entry['id']!r}: unknown match rule")
-        if entry["match"]["mode"] in ("cost", "nmse"):
-            float(entry["match"]["max"])
-        if entry["match"]["mode"] == "nmse" and int(entry["match"]["group"]) < 1:
-            raise ValueError(f"case {entry['id']!r}: group is not positive")
-        files = [entry["output"], *entry["inputs"].values(), *entry["taps"].values()]
-        entry["output"]["role"]
-        for file in files + ([entry["mask"]] if entry["mask"] else []):
-            size = DTYPES[file["dtype"]].itemsize * int(np.prod(file["shape"], dtype=np.int64))
-            if manifest["files"][file["path"]]["bytes"] != size:
-                raise ValueError(f"{file['path']!r}: size and shape differ")

@@ -7,10 +7,11 @@
  *         if (strcmp(c->op, "dequantize") || strcmp(c->format, "pr21089:tbq3_0")) continue;
  *         if (tbqv_load(&set, c) != 0) { fputs(set.error, stderr); return 3; }
  *         const tbqv_file *in = tbqv_find(c, "packed"), *out = tbqv_output(c);
- *         float *y = malloc(out->n_bytes);
+ *         float *y = (float *) malloc(out->n_bytes);
  *         my_kernel(in->data, y, out->count);
  *         tbqv_result r = tbqv_compare(c, y);
  *         printf("%s: %s\n", c->id, r.text);
+ *         free(y);
  *         tbqv_unload(c);
  *     }
  *     tbqv_close(&set);
