@@ -36,14 +36,14 @@ def require_device() -> None:
     _api().require_device()
 
 
-def quantize(x: Any, fmt: str | Format, *, stream: Any = 0) -> Any:
+def quantize(x: Any, fmt: str | Format, **options: Any) -> Any:
     """Quantise rows; see `cuda_port.api.quantize`."""
-    return _api().quantize(x, fmt, stream=stream)
+    return _api().quantize(x, fmt, **options)
 
 
-def dequantize(packed: Any, fmt: str | Format, *, stream: Any = 0) -> Any:
+def dequantize(packed: Any, fmt: str | Format, **options: Any) -> Any:
     """Dequantise rows; see `cuda_port.api.dequantize`."""
-    return _api().dequantize(packed, fmt, stream=stream)
+    return _api().dequantize(packed, fmt, **options)
 
 
 def scores(q: Any, packed_k: Any, fmt: str | Format, *, stream: Any = 0) -> Any:

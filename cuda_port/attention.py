@@ -1,7 +1,8 @@
 """`scores` and `weighted_sum` of `tbq.attention` on the device: the same sums in the same order.
 
 A thread owns one sum: one key and query, or one value and run of keys. It reads codes and scales
-straight from the packed rows; dequantised keys or values are never in memory.
+straight from the packed rows; dequantised keys or values are never in memory. Where a level takes
+more than its own code and scales, the scaled levels of a chunk of rows are, and it reads them.
 """
 
 from __future__ import annotations
@@ -11,8 +12,14 @@ from functools import cache
 
 from numba import cuda
 
-from cuda_port.device import ZERO, add, mul
+from cuda_port.device import ZERO, add, device, mul
 from tbq.attention import RUN_KEYS
+
+
+@device
+def level_there(scaled, base, i, unused):
+    """Return value i of the block at scaled[base], where all levels are written out."""
+    return scaled[base + i]
 
 
 def value_decoder(level: Callable, block_values: int, block_bytes: int):
@@ -27,29 +34,46 @@ def value_decoder(level: Callable, block_values: int, block_bytes: int):
     return decode
 
 
-def score_kernel(level: Callable, block_values: int, block_bytes: int):
+def score_kernel(level: Callable, block_values: int, block_bytes: int, group_blocks: int):
     """Return the kernel (packed, table, queries, which, out); a thread per key, grid y: queries.
 
-    queries: float32 (queries, row blocks, sign patterns, block_values), rotated; which: int32
-    (keys, row blocks), the pattern of each block; out: float32 (queries, keys).
+    queries: float32 (queries, row groups, sign patterns, group values), rotated; which: int32
+    (keys, row groups), the pattern of each group; out: float32 (queries, keys).
     """
 
     @cuda.jit
     def score(packed, table, queries, which, out):
         t, q = cuda.grid(1), cuda.blockIdx.y
         if t < out.shape[1]:
-            row_blocks = which.shape[1]
+            row_groups = which.shape[1]
             total = ZERO
-            for b in range(row_blocks):
-                base = (t * row_blocks + b) * block_bytes
-                query = queries[q, b, which[t, b]]
+            for g in range(row_groups):
+                query = queries[q, g, which[t, g]]
                 partial = ZERO
-                for i in range(block_values):
-                    partial = add(partial, mul(query[i], level(packed, base, i, table)))
+                for b in range(group_blocks):
+                    base = ((t * row_groups + g) * group_blocks + b) * block_bytes
+                    for i in range(block_values):
+                        value = level(packed, base, i, table)
+                        partial = add(partial, mul(query[b * block_values + i], value))
                 total = add(total, partial)
             out[q, t] = total
 
     return score
+
+
+def sign_checker(block_bytes: int, at: int, n_bytes: int):
+    """Return the kernel (packed, row_bytes, differs) that sets differs if signs are not row 0's."""
+
+    @cuda.jit
+    def check(packed, row_bytes, differs):
+        block = cuda.grid(1)
+        if block * block_bytes < packed.size:
+            for k in range(n_bytes):
+                mine = packed[block * block_bytes + at + k]
+                if mine != packed[(block * block_bytes) % row_bytes + at + k]:
+                    differs[0] = 1
+
+    return check
 
 
 def sum_kernel(level: Callable, block_values: int, block_bytes: int):

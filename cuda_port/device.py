@@ -7,6 +7,8 @@ Numba's simulator has no libdevice, there NumPy's float32 does the same.
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 from numba import config, cuda
 
@@ -15,6 +17,14 @@ TWO_112 = np.float32(2.0**112)
 TINY = np.float32(1e-30)
 
 if config.ENABLE_CUDASIM:
+
+    def device(function):
+        """Return the function itself: what the simulator makes of one costs more than most do."""
+        return function
+
+    def barrier():
+        """Wait for the other threads of the block."""
+        threading.current_thread().syncthreads()
 
     def mul(a, b):
         """Return a * b, float32."""
@@ -31,6 +41,10 @@ if config.ENABLE_CUDASIM:
     def sqrt(a):
         """Return the square root of a float32."""
         return np.sqrt(np.float32(a))
+
+    def rint(a):
+        """Return a float32 rounded to a whole number, ties to even."""
+        return np.rint(np.float32(a))
 
     def mul64(a, b):
         """Return a * b, float64."""
@@ -55,6 +69,15 @@ if config.ENABLE_CUDASIM:
 else:
     from numba.cuda import libdevice
 
+    def device(function):
+        """Return a function as device code."""
+        return cuda.jit(device=True)(function)
+
+    @cuda.jit(device=True, inline="always")
+    def barrier():
+        """Wait for the other threads of the block."""
+        cuda.syncthreads()
+
     @cuda.jit(device=True, inline="always")
     def mul(a, b):
         """Return a * b, float32, never fused."""
@@ -74,6 +97,11 @@ else:
     def sqrt(a):
         """Return the square root of a float32, correctly rounded."""
         return libdevice.fsqrt_rn(a)
+
+    @cuda.jit(device=True, inline="always")
+    def rint(a):
+        """Return a float32 rounded to a whole number, ties to even."""
+        return libdevice.rintf(a)
 
     @cuda.jit(device=True, inline="always")
     def mul64(a, b):
@@ -101,7 +129,7 @@ else:
         return libdevice.int_as_float(np.int32(bits))
 
 
-@cuda.jit(device=True)
+@device
 def fp16_bits(x):
     """Return the binary16 bits of a float32, rounded to nearest even; a NaN becomes sign|0x7E00."""
     bits = bits_of(x)
@@ -117,7 +145,7 @@ def fp16_bits(x):
     return sign | ((magnitude - 0x38000000 + 0xFFF + odd) >> 13)
 
 
-@cuda.jit(device=True)
+@device
 def fp16_value(h):
     """Return the float32 value of binary16 bits."""
     magnitude = (np.int64(h) & 0x7FFF) << 13
@@ -130,13 +158,13 @@ def fp16_value(h):
     return float_of(wide)
 
 
-@cuda.jit(device=True)
+@device
 def load_fp16(packed, at):
     """Return the float32 value of the binary16 at packed[at : at + 2]."""
     return fp16_value(np.int64(packed[at]) | (np.int64(packed[at + 1]) << 8))
 
 
-@cuda.jit(device=True)
+@device
 def store_fp16(x, packed, at):
     """Write a float32 as binary16 to packed[at : at + 2]."""
     h = fp16_bits(x)
@@ -144,18 +172,23 @@ def store_fp16(x, packed, at):
     packed[at + 1] = h >> 8
 
 
-@cuda.jit(device=True)
-def load_code(packed, at, bits, i):
-    """Return code i of a little-endian string of codes that starts at packed[at]."""
-    first = bits * i
+@device
+def load_bits(packed, at, first, count):
+    """Return up to nine bits from bit `first` on of a little-endian string at packed[at]."""
     byte, shift = at + first // 8, first % 8
     word = np.int64(packed[byte])
-    if shift + bits > 8:
+    if shift + count > 8:
         word |= np.int64(packed[byte + 1]) << 8
-    return (word >> shift) & ((1 << bits) - 1)
+    return (word >> shift) & ((1 << count) - 1)
 
 
-@cuda.jit(device=True)
+@device
+def load_code(packed, at, bits, i):
+    """Return code i of a little-endian string of codes that starts at packed[at]."""
+    return load_bits(packed, at, bits * i, bits)
+
+
+@device
 def packed_byte(codes, row, bits, k):
     """Return byte k of the string that codes[row] make, code i at bit bits*i."""
     byte = 0
@@ -165,7 +198,7 @@ def packed_byte(codes, row, bits, k):
     return byte
 
 
-@cuda.jit(device=True)
+@device
 def ordered_norm(values, row, n):
     """Return the L2 norm of values[row, :n], summed in index order."""
     total = ZERO

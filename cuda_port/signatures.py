@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import tbq
-from cuda_port import api, attention, blocks32, pr21089, trellis
+from cuda_port import api
+from cuda_port.port import kernels_of
 from tbq.format import Format
 
 
@@ -19,42 +20,13 @@ class Signature(NamedTuple):
     arguments: tuple[str, ...]
 
 
-F, B, N, N2 = "f4[1]", "u1[1]", "i4[1]", "i4[2]"
-F2, F3, F4 = "f4[2]", "f4[3]", "f4[4]"
-
-
-def kernels_of(fmt: Format) -> Iterator[Signature]:
-    """Yield the kernels of one format."""
-    if fmt.dialect == "pr21089":
-        yield Signature(fmt, "quantize", pr21089.encoder(fmt).py_func, (F, F2, F, B))
-        yield Signature(fmt, "dequantize", pr21089.decoder(fmt).py_func, (B, F2, F, F))
-        yield Signature(fmt, "rotate", pr21089.rotator().py_func, (F, F2, F))
-    elif "start" in fmt.block.names:
-        yield Signature(fmt, "quantize", trellis.encoder(fmt).py_func, (F, F, F2, B))
-        yield Signature(fmt, "dequantize", api.value_decoder(fmt).py_func, (B, F, F))
-    elif fmt.sibling:
-        yield Signature(fmt, "quantize", blocks32.norm_encoder(fmt).py_func, (F, B))
-        yield Signature(fmt, "dequantize", api.value_decoder(fmt).py_func, (B, F, F))
-        return
-    else:
-        yield Signature(fmt, "quantize", blocks32.encoder(fmt).py_func, (F, N, F, F, B))
-        if "sb" in fmt.block.names:
-            yield Signature(fmt, "dequantize", blocks32.signed_decoder(fmt).py_func, (B, F, F))
-            yield Signature(fmt, "signs", blocks32.sign_checker(fmt).py_func, (B, "i8", N))
-        else:
-            yield Signature(fmt, "dequantize", api.value_decoder(fmt).py_func, (B, F, F))
-    if "K" in fmt.side:
-        yield Signature(fmt, "scores", api.score_kernel(fmt).py_func, (B, F, F4, N2, F2))
-    if "V" in fmt.side:
-        yield Signature(fmt, "weighted_sum", api.sum_kernel(fmt).py_func, (B, F, F2, F3))
-        yield Signature(fmt, "gather", attention.gather_kernel().py_func, (F3, F2))
-
-
 def all_kernels() -> Iterator[Signature]:
     """Yield the kernels of every format that is ported."""
     for fmt in tbq.formats():
-        if api.ported(fmt):
-            yield from kernels_of(fmt)
+        for variant in fmt.variants():
+            if api.ported(variant):
+                for operation, function, types in kernels_of(variant):
+                    yield Signature(variant, operation, function.py_func, types)
 
 
 def ptx(kernel: Signature, compute_capability: tuple[int, int]) -> str:

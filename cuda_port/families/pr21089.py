@@ -14,6 +14,7 @@ from numba import cuda, float32, int32
 from cuda_port.device import (
     ZERO,
     add,
+    device,
     div,
     load_code,
     load_fp16,
@@ -22,19 +23,19 @@ from cuda_port.device import (
     packed_byte,
     store_fp16,
 )
-from tbq.families import pr21089
-from tbq.families.pr21089 import BOUNDARIES, CODEBOOKS, MIN_NORM, QK_K, SCALE_DOWN, SCALE_UP
-from tbq.format import Format
-from tbq.rotations import QR_SIZE, qr_rotation
+from cuda_port.port import BYTES, FLOATS, FLOATS2, Kernel, Port
+from tbq.families.dense import QR_SIZE, qr_rotation
+from tbq.families.pr21089 import (
+    BOUNDARIES,
+    CODEBOOKS,
+    MIN_NORM,
+    QK_K,
+    SCALE_DOWN,
+    SCALE_UP,
+    DenseRotated,
+)
 
 THREADS = QR_SIZE
-GROUPS = 1  # blocks per CUDA block
-
-
-def tables(fmt: Format) -> tuple[np.ndarray, np.ndarray]:
-    """Return the levels of the codes, and the boundaries between them."""
-    bits = pr21089.code_bits(fmt)
-    return CODEBOOKS[bits] * SCALE_DOWN, np.asarray(BOUNDARIES[bits], np.float32)
 
 
 def matrices() -> tuple[np.ndarray, np.ndarray]:
@@ -45,7 +46,7 @@ def matrices() -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(qr_rotation()), np.ascontiguousarray(qr_rotation().T)
 
 
-@cuda.jit(device=True)
+@device
 def rotate(matrix, v, half, i):
     """Return output i of a half: the sum over j, in order, of matrix[j, i] * v[0, 128 half + j]."""
     total = ZERO
@@ -54,7 +55,7 @@ def rotate(matrix, v, half, i):
     return total
 
 
-@cuda.jit(device=True)
+@device
 def load_halves(x, block, v, i):
     """Let thread i put its value of each half of a block into v[0]; a barrier has to follow."""
     for half in range(2):
@@ -62,9 +63,8 @@ def load_halves(x, block, v, i):
 
 
 @cache
-def encoder(fmt: Format):
+def encoder(size: int, bits: int):
     """Return the kernel (x, transposed, boundaries, packed): flat float32 to flat uint8."""
-    size, bits = fmt.block_bytes, pr21089.code_bits(fmt)
 
     @cuda.jit
     def encode(x, transposed, boundaries, packed):
@@ -97,9 +97,8 @@ def encoder(fmt: Format):
 
 
 @cache
-def decoder(fmt: Format):
+def decoder(size: int, bits: int):
     """Return the kernel (packed, matrix, levels, y): flat uint8 to flat float32."""
-    size, bits = fmt.block_bytes, pr21089.code_bits(fmt)
 
     @cuda.jit
     def decode(packed, matrix, levels, y):
@@ -133,13 +132,37 @@ def rotator():
     return rotate_blocks
 
 
-def level_at(fmt: Format):
+def level_at(size: int, bits: int):
     """Return the device function (packed, base, i, levels): the scaled level of value i."""
-    size, bits = fmt.block_bytes, pr21089.code_bits(fmt)
 
-    @cuda.jit(device=True)
+    @device
     def level(packed, base, i, levels):
         code = load_code(packed, base, bits, i)
         return mul(levels[code], load_fp16(packed, base + size - 2))
 
     return level
+
+
+def port(codec: DenseRotated) -> Port | None:
+    """Return the kernels of tbq3_0 or tbq4_0; None for wrong kernels."""
+    if codec != DenseRotated(codec.bits):
+        return None
+    size, bits = codec.block_bytes, codec.bits
+    matrix, transposed = matrices()
+    levels = CODEBOOKS[bits] * SCALE_DOWN
+    limits = np.asarray(BOUNDARIES[bits], np.float32)
+    return Port(
+        Kernel(
+            encoder(size, bits),
+            THREADS,
+            QK_K,
+            (FLOATS, FLOATS2, FLOATS, BYTES),
+            (transposed, limits),
+        ),
+        level_at(size, bits),
+        levels,
+        Kernel(
+            decoder(size, bits), THREADS, QK_K, (BYTES, FLOATS2, FLOATS, FLOATS), (matrix, levels)
+        ),
+        Kernel(rotator(), THREADS, QK_K, (FLOATS, FLOATS2, FLOATS), (matrix,)),
+    )

@@ -24,6 +24,7 @@ from cuda_port.device import (
     ZERO,
     add,
     add64,
+    device,
     div,
     load_fp16,
     mul,
@@ -31,9 +32,8 @@ from cuda_port.device import (
     sqrt64,
     store_fp16,
 )
-from tbq.families import trellis
-from tbq.families.trellis import FLT_MAX, QK
-from tbq.format import Format
+from cuda_port.port import BYTES, FLOATS, FLOATS2, Kernel, Port
+from tbq.families.trellis import FLT_MAX, QK, Trellis, code_table
 
 THREADS = 512
 STATE_BITS = 16
@@ -41,28 +41,36 @@ WALK = QK + 1  # states of a walk; shared arrays need their sizes as constants
 F64_ZERO = np.float64(0.0)
 
 
-def scratch_values(fmt: Format, state_bits: int = STATE_BITS) -> int:
+def scratch_values(bits: int, state_bits: int = STATE_BITS) -> int:
     """Return the float32 values of scratch that one block of threads needs."""
-    return WALK << (state_bits - trellis.emission_bits(fmt))
+    return WALK << (state_bits - bits)
 
 
-@cuda.jit(device=True)
+@device
 def branch(u, code):
     """Return the cost of giving u the level `code`."""
     difference = add(u, -code)
     return mul(difference, difference)
 
 
+def offsets(codec: Trellis) -> tuple[int, int, int]:
+    """Return where a block keeps its emissions, the outliers' positions and their values."""
+    layout = codec.layout
+    if not codec.outliers:
+        return layout.offset("qs"), codec.block_bytes, codec.block_bytes
+    return layout.offset("qs"), layout.offset("pos"), layout.offset("val")
+
+
 @cache
-def encoder(fmt: Format, state_bits: int = STATE_BITS, threads: int = THREADS):
+def encoder(codec: Trellis, state_bits: int = STATE_BITS, threads: int = THREADS):
     """Return the kernel (x, table, scratch, packed): flat float32 to flat uint8.
 
     table holds the level of each state; scratch is float32 (blocks of threads, scratch_values), and
     each of them walks through the blocks in strides. `state_bits` is 16 but in tests.
     """
-    size, bits, count = fmt.block_bytes, trellis.emission_bits(fmt), trellis.outliers(fmt)
+    size, bits, count = codec.block_bytes, codec.bits, codec.outliers
     groups = 1 << (state_bits - bits)
-    qs, pos, val = 4, 4 + 16 * bits, 4 + 16 * bits + count
+    qs, pos, val = offsets(codec)
 
     @cuda.jit
     def encode(x, table, scratch, packed):
@@ -135,7 +143,7 @@ def encoder(fmt: Format, state_bits: int = STATE_BITS, threads: int = THREADS):
     return encode
 
 
-@cuda.jit(device=True)
+@device
 def pick(u, count, picked, packed, base, pos, val):
     """Move the `count` largest |u| out of u into the block, positions ascending."""
     found = 0
@@ -161,7 +169,7 @@ def pick(u, count, picked, packed, base, pos, val):
         u[picked[k]] = ZERO
 
 
-@cuda.jit(device=True)
+@device
 def cost_before(u, table, least, i, s, groups):
     """Return the cost of state s before step i."""
     if i == 0:
@@ -170,7 +178,7 @@ def cost_before(u, table, least, i, s, groups):
     return cost if cost < FLT_MAX else FLT_MAX
 
 
-@cuda.jit(device=True)
+@device
 def predecessor(u, table, least, i, s, bits, groups):
     """Return the first predecessor of state s after step i that attains the least sum."""
     step = branch(u[i], table[s])
@@ -183,7 +191,7 @@ def predecessor(u, table, least, i, s, bits, groups):
     return best
 
 
-@cuda.jit(device=True)
+@device
 def store(packed, base, norm, states, table, bits, qs, state_bits):
     """Write scale, start and emissions of a walk; zeros for a zero block."""
     dead = norm < TINY
@@ -205,12 +213,12 @@ def store(packed, base, norm, states, table, bits, qs, state_bits):
         packed[base + qs + k] = 0 if dead else byte
 
 
-def level_at(fmt: Format):
+def level_at(codec: Trellis):
     """Return the device function (packed, base, i, table): value i, outliers in their places."""
-    bits, count = trellis.emission_bits(fmt), trellis.outliers(fmt)
-    pos, val = 4 + 16 * bits, 4 + 16 * bits + count
+    bits, count = codec.bits, codec.outliers
+    _, pos, val = offsets(codec)
 
-    @cuda.jit(device=True)
+    @device
     def level(packed, base, i, table):
         first = bits * (i + 1)
         byte, shift = base + 2 + first // 8, first % 8
@@ -225,3 +233,12 @@ def level_at(fmt: Format):
         return value
 
     return level
+
+
+def port(codec: Trellis) -> Port:
+    """Return the kernels of a trellis format."""
+    table = np.array(code_table())
+    types = (FLOATS, FLOATS, FLOATS2, BYTES)
+    scratch = scratch_values(codec.bits)
+    encode = Kernel(encoder(codec), THREADS, QK, types, (table,), scratch_values=scratch)
+    return Port(encode, level_at(codec), table)

@@ -1,0 +1,1 @@
+"""The ports: per module the kernels of one family, found by the name of the family."""
