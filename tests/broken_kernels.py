@@ -1,34 +1,51 @@
 """Kernels with one bug each, written from the specification and not from the diagnosis.
 
 They compute in float64 and sum as NumPy likes, as a kernel on another machine would, so that even
-`right` differs from the C code by rounding.
+`right` differs from the C code by rounding. A name is a bug's; what follows " / " tells two kernels
+with one bug apart.
 """
 
+import broken_rotated
 import numpy as np
 
 import tbq
-from tbq import rotations
 from tbq.bitpack import pack, unpack
-from tbq.families import ktq, pr21089, trellis, vtq
-from tools.vector_set import Case
+from tbq.families import dense, ktq, pr21089, trellis, vtq
+from tbq.vectors import Case
 
 
 def is_trellis(fmt):
-    return "start" in fmt.block.names
+    return isinstance(fmt.codec, trellis.Trellis)
 
 
 def is_tbq(fmt):
-    return fmt.dialect == "pr21089"
+    return isinstance(fmt.codec, pr21089.DenseRotated)
 
 
 def has_signs(fmt):
-    return "sb" in fmt.block.names
+    return isinstance(fmt.codec, ktq.SignedBlocks)
+
+
+def is_mixed(fmt):
+    return isinstance(fmt.codec, vtq.MixedBlocks)
+
+
+def is_written_out(fmt):
+    """Whether the arithmetic is below; of other formats only bytes and values can be wrong."""
+    return is_tbq(fmt) or has_signs(fmt) or is_mixed(fmt) or isinstance(fmt.codec, vtq.PlainBlocks)
+
+
+def is_known(fmt):
+    """Whether the fields of the block are those below."""
+    return is_written_out(fmt) or is_trellis(fmt) or isinstance(fmt.codec, ktq.BorrowedCodes)
+
+
+def on_cuda(fmt):
+    return fmt.dialect == "llama-tq-cuda"
 
 
 def width(fmt):
-    if is_trellis(fmt):
-        return trellis.emission_bits(fmt)
-    return pr21089.code_bits(fmt) if is_tbq(fmt) else ktq.code_bits(fmt)
+    return 3 if is_mixed(fmt) else fmt.codec.bits
 
 
 def table_of(fmt):
@@ -43,6 +60,15 @@ def hadamard32(x):
     return x @ hadamard(32) / np.sqrt(32)
 
 
+def hadamard16(x):
+    from scipy.linalg import hadamard
+
+    return (x.reshape(len(x), 2, 16) @ hadamard(16)).reshape(x.shape) / 4
+
+
+FIRST_HALF = np.arange(32) < 16
+
+
 def signs_at(index):
     return np.where(ktq.sign_bits(ktq.block_seed(index)) == 1, 1.0, -1.0)
 
@@ -50,7 +76,7 @@ def signs_at(index):
 def rotate(fmt, x, signs, how):
     """Rotate blocks (n, values) into the domain of the codes."""
     if is_tbq(fmt):
-        q = rotations.qr_rotation().astype(np.float64)
+        q = dense.qr_rotation().astype(np.float64)
         halves = x.reshape(-1, 128)
         turned = {"right": halves @ q.T, "none": halves, "transpose": halves @ q}[how]
         return turned.reshape(x.shape)
@@ -61,12 +87,14 @@ def rotate(fmt, x, signs, how):
         "none": lambda: x,
         "no signs": lambda: hadamard32(x),
         "wrong side": lambda: hadamard32(x) * signs,
+        "sixteen": lambda: hadamard16(x * signs),
+        "half read": lambda: hadamard32(x * signs * FIRST_HALF),
     }[how]()
 
 
 def unrotate(fmt, r, signs, how):
     if is_tbq(fmt):
-        q = rotations.qr_rotation().astype(np.float64)
+        q = dense.qr_rotation().astype(np.float64)
         halves = r.reshape(-1, 128)
         return {"right": halves @ q, "none": halves, "transpose": halves @ q.T}[how].reshape(
             r.shape
@@ -78,24 +106,29 @@ def unrotate(fmt, r, signs, how):
         "none": lambda: r,
         "no signs": lambda: hadamard32(r),
         "wrong side": lambda: hadamard32(r * signs),
+        "sixteen": lambda: hadamard16(r) * signs,
+        "half read": lambda: hadamard32(r * FIRST_HALF) * signs,
     }[how]()
 
 
 def choose(fmt, v, table, unit, ties_up=None, rng=None):
     """Return the code of each coordinate: nearest, with the tie rule of the format or the other."""
-    if vtq.is_mixed(fmt):
+    if is_mixed(fmt):
         codes = np.empty(v.shape, np.uint8)
         codes[:, vtq.FINE] = choose_from(v[:, vtq.FINE], vtq.CODEBOOKS[3] * unit, ties_up or False)
-        codes[:, vtq.COARSE] = choose_from(
-            v[:, vtq.COARSE], vtq.CODEBOOKS[2] * unit, ties_up or False
-        )
+        codes[:, vtq.COARSE] = choose_from(v[:, vtq.COARSE], coarse(table) * unit, ties_up or False)
         return codes
-    up = is_tbq(fmt) or (len(table) == 2 and fmt.dialect != "llama-tq-cuda")
+    up = is_tbq(fmt) or (len(table) == 2 and not on_cuda(fmt))
     up = up if ties_up is None else up != ties_up
     edges = None
     if is_tbq(fmt) and np.array_equal(table, table_of(fmt)):
         edges = pr21089.BOUNDARIES[width(fmt)].astype(np.float64)
     return choose_from(v, table * unit, up, edges, rng)
+
+
+def coarse(table):
+    """Return the 2-bit table of vtq_mixed, or the one that a wrong kernel has in its place."""
+    return table if len(table) == 4 else vtq.CODEBOOKS[2]
 
 
 def choose_from(v, levels, ties_up, edges=None, rng=None):
@@ -129,7 +162,7 @@ def encode(
     x = case.inputs["x"] if x is None else x
     flat = x.reshape(-1, fmt.block_values).astype(np.float64)
     if index is None:
-        index = fmt.block_indices(x.size // x.shape[-1], x.shape[-1] // fmt.block_values)
+        index = fmt.codec.indices(x.size // x.shape[-1], x.shape[-1] // fmt.block_values)
     signs = signs_at(index) if has_signs(fmt) else None
     own = table_of(fmt) if table is None else table
     with np.errstate(all="ignore"):
@@ -144,9 +177,9 @@ def encode(
             v = rotate(fmt, flat / norm[:, None], signs, rotation) * 16
         unit = 1.0 if is_tbq(fmt) else 1 / np.sqrt(32)
         codes = choose(fmt, v, own, unit, other_ties or None, rng)
-        if vtq.is_mixed(fmt):
+        if is_mixed(fmt):
             levels = np.where(
-                np.arange(32) % 4 == 0, vtq.CODEBOOKS[3][codes], vtq.CODEBOOKS[2][codes & 3]
+                np.arange(32) % 4 == 0, vtq.CODEBOOKS[3][codes], coarse(own)[codes & 3]
             )
         else:
             levels = own[codes]
@@ -157,7 +190,7 @@ def encode(
         live = is_tbq(fmt) | ~(norm < 1e-30)
         d = np.where(live, d, norm)
         blocks["d"] = d.astype(np.float32).astype(np.float16)
-    packed = vtq.pack_mixed(codes) if vtq.is_mixed(fmt) else pack(codes, width(fmt))
+    packed = vtq.pack_mixed(codes) if is_mixed(fmt) else pack(codes, width(fmt))
     blocks["qs"][live] = packed[live]
     if has_signs(fmt):
         blocks["sb"][live] = pack((signs > 0).astype(np.uint8), 1)[live]
@@ -173,16 +206,16 @@ def decode(
     blocks = np.ascontiguousarray(packed).view(fmt.block).reshape(-1)
     if codes is None:
         codes = (
-            vtq.unpack_mixed(blocks["qs"])
-            if vtq.is_mixed(fmt)
-            else unpack(blocks["qs"], width(fmt))
+            vtq.unpack_mixed(blocks["qs"]) if is_mixed(fmt) else unpack(blocks["qs"], width(fmt))
         )
     if signs is None and has_signs(fmt):
-        signs = np.where(unpack(blocks["sb"], 1) == ktq.plus_bit(fmt), 1.0, -1.0)
+        signs = np.where(unpack(blocks["sb"], 1) == fmt.codec.plus_bit, 1.0, -1.0)
     unit = 1 / 16 if is_tbq(fmt) else 1 / np.sqrt(32)
-    if vtq.is_mixed(fmt):
+    if is_mixed(fmt):
         levels = np.where(
-            np.arange(32) % 4 == 0, vtq.CODEBOOKS[3][codes], vtq.CODEBOOKS[2][codes & 3]
+            np.arange(32) % 4 == 0,
+            vtq.CODEBOOKS[3][codes],
+            coarse(table_of(fmt) if table is None else table)[codes & 3],
         )
     else:
         levels = (table_of(fmt) if table is None else table)[codes]
@@ -198,9 +231,10 @@ def decode(
 
 def with_blocks(packed, fmt, change):
     """Return packed rows in which `change` edited the blocks."""
-    out = packed.copy()
-    change(out.view(fmt.block).reshape(-1))
-    return out
+    blocks = fmt.codec.blocks(packed.reshape(-1, packed.shape[-1])).copy()
+    flat = blocks.reshape(-1)
+    change(flat)
+    return fmt.codec.rows(flat.reshape(blocks.shape)).reshape(packed.shape)
 
 
 def raw(packed, fmt):
@@ -208,25 +242,26 @@ def raw(packed, fmt):
 
 
 def swap_nibbles(packed, fmt):
-    def change(blocks):
-        blocks["qs"] = blocks["qs"] >> 4 | blocks["qs"] << 4
+    return with_blocks(
+        packed, fmt, lambda blocks: edit_codes(blocks, fmt, lambda b: b >> 4 | b << 4)
+    )
 
-    return with_blocks(packed, fmt, change)
+
+def edit_codes(blocks, fmt, change):
+    for name in fmt.layout.codes:
+        blocks[name] = change(blocks[name])
 
 
 REVERSED = np.array([int(f"{b:08b}"[::-1], 2) for b in range(256)], np.uint8)
 
 
 def reverse_bits(packed, fmt):
-    def change(blocks):
-        blocks["qs"] = REVERSED[blocks["qs"]]
-
-    return with_blocks(packed, fmt, change)
+    return with_blocks(packed, fmt, lambda blocks: edit_codes(blocks, fmt, lambda b: REVERSED[b]))
 
 
 def shift_codes(packed, fmt):
     def change(blocks):
-        if vtq.is_mixed(fmt):
+        if is_mixed(fmt):
             codes = vtq.unpack_mixed(blocks["qs"])
             top = np.where(np.arange(32) % 4 == 0, 7, 3)
             blocks["qs"] = vtq.pack_mixed(np.minimum(codes + 1, top).astype(np.uint8))
@@ -256,13 +291,13 @@ def rows_of(case, y):
 
 
 def decoded(case, packed=None, **bugs):
-    """Decode with bugs; of trellis formats and borrowed codes only the bytes can be wrong."""
+    """Decode with bugs; of formats that are not written out only the bytes can be wrong."""
     fmt = case.format
     packed = case.inputs["packed"] if packed is None else packed
     if fmt.sibling:
         return rows_of(case, tbq.dequantize_paired(packed, case.inputs["sibling"]))
-    if is_trellis(fmt):
-        return rows_of(case, tbq.dequantize(packed, fmt))
+    if not is_written_out(fmt):
+        return rows_of(case, tbq.dequantize(packed, fmt, original=case.op == "scores"))
     return rows_of(case, decode(case, packed=packed, **bugs))
 
 
@@ -276,7 +311,7 @@ def strided(flat, rows, row, stride):
 def right(case):
     if case.op != "quantize":
         return decoded(case)
-    if is_trellis(case.format) or case.format.sibling or case.format.dialect == "llama-tq-cuda":
+    if not is_written_out(case.format) or on_cuda(case.format):
         return case.expected
     return encode(case)
 
@@ -284,8 +319,10 @@ def right(case):
 def negated(case):
     if case.op == "rotation" or case.op != "quantize":
         return -case.expected
-    if case.format.sibling or (has_signs(case.format) and case.format.dialect == "llama-tq-cuda"):
+    if case.format.sibling or (has_signs(case.format) and on_cuda(case.format)):
         return None  # scales do not change; codes are drawn at random
+    if not is_written_out(case.format) and not is_trellis(case.format):
+        return None  # what is encoded may be symmetric
     return tbq.quantize(-case.inputs["x"], case.format)
 
 
@@ -294,10 +331,10 @@ def scaled(case):
         return case.expected * np.float32(np.sqrt(32))
 
     def change(blocks):
-        with np.errstate(all="ignore"):
-            blocks["d"] = (blocks["d"].astype(np.float32) / np.float32(np.sqrt(32))).astype(
-                np.float16
-            )
+        for name in case.format.layout.scales:
+            with np.errstate(all="ignore"):
+                d = blocks[name].astype(np.float32) / np.float32(np.sqrt(32))
+                blocks[name] = d.astype(np.float16)
 
     return with_blocks(case.expected, case.format, change)
 
@@ -305,15 +342,15 @@ def scaled(case):
 def rotated_wrongly(how):
     def kernel(case):
         fmt = case.format
-        if fmt.sibling or not (is_tbq(fmt) or has_signs(fmt)):
+        if not (is_tbq(fmt) or has_signs(fmt)):
             return None
         if how == "transpose" and not is_tbq(fmt) or "sign" in how and not has_signs(fmt):
             return None
-        if how == "wrong side" and not has_signs(fmt):
+        if how in ("wrong side", "sixteen") and not has_signs(fmt):
             return None
         if case.op != "quantize":
             return decoded(case, rotation=how)
-        return None if fmt.dialect == "llama-tq-cuda" else encode(case, rotation=how)
+        return None if on_cuda(fmt) else encode(case, rotation=how)
 
     return kernel
 
@@ -321,7 +358,7 @@ def rotated_wrongly(how):
 def on_bytes(change, formats=lambda fmt: True):
     def kernel(case):
         fmt = case.format
-        if "qs" not in fmt.block.names or not formats(fmt):
+        if not fmt.layout.codes or not formats(fmt):
             return None
         if case.op == "quantize":
             return change(case.expected, fmt)
@@ -332,8 +369,11 @@ def on_bytes(change, formats=lambda fmt: True):
 
 def wrong_table(case):
     fmt = case.format
-    if fmt.sibling or is_trellis(fmt) or vtq.is_mixed(fmt) or width(fmt) == 1:
+    if not is_written_out(fmt) or width(fmt) == 1:
         return None
+    if is_mixed(fmt):
+        table = ktq.CODEBOOKS[2]
+        return decoded(case, table=table) if case.op != "quantize" else encode(case, table=table)
     own = table_of(fmt)
     others = [ktq.CODEBOOKS, vtq.CODEBOOKS, pr21089.CODEBOOKS]
     tables = [t[width(fmt)] for t in others if width(fmt) in t]
@@ -342,31 +382,35 @@ def wrong_table(case):
         return None  # the same numbers to three digits
     if case.op != "quantize":
         return decoded(case, table=table)
-    if fmt.dialect == "llama-tq-cuda" and has_signs(fmt):
+    if on_cuda(fmt) and has_signs(fmt):
         return None
     return encode(case, table=table)
 
 
 def other_tie(case):
     fmt = case.format
-    if case.op != "quantize" or fmt.sibling or is_trellis(fmt):
+    if case.op != "quantize" or not is_written_out(fmt):
         return None
-    if fmt.dialect == "llama-tq-cuda" and has_signs(fmt):
+    if on_cuda(fmt) and has_signs(fmt):
         return None
     return encode(case, other_ties=True)
 
 
 def field_order(case):
     fmt = case.format
+    if not is_known(fmt):
+        return None
     if case.op == "quantize":
         return other_order(case.expected, fmt, written=True)
-    if "pos" in fmt.block.names:
+    if fmt.layout.outliers:
         return None  # positions beyond the block: the C code would write out of bounds
     return decoded(case, other_order(case.inputs["packed"], fmt, written=False))
 
 
 def bfloat16(case):
     fmt = case.format
+    if not is_known(fmt):
+        return None
     if case.op == "quantize":
 
         def change(blocks):
@@ -382,7 +426,7 @@ def bfloat16(case):
 
 def scale_elsewhere(case):
     fmt = case.format
-    if case.op == "quantize" or fmt.sibling:
+    if case.op == "quantize" or fmt.sibling or not is_known(fmt):
         return None
     at = fmt.block.fields["d"][1]
     offset = 4 if fmt.block_bytes > 8 else 3
@@ -397,7 +441,7 @@ def flat_index(case):
         return None
     if case.op == "quantize":
         n = case.expected.size // fmt.block_bytes
-        if fmt.block_index == "row":
+        if fmt.codec.position == "row":
             return encode(case, index=np.arange(n))
         rows = [
             tbq.quantize(row, fmt)
@@ -406,8 +450,8 @@ def flat_index(case):
         return np.stack(rows).reshape(case.expected.shape)
     n = case.inputs["packed"].size // fmt.block_bytes
     rows = case.inputs["packed"].size // case.inputs["packed"].shape[-1]
-    index = np.arange(n) if fmt.block_index == "row" else np.arange(n) % (n // rows)
-    sign = 1 if ktq.plus_bit(fmt) else -1
+    index = np.arange(n) if fmt.codec.position == "row" else np.arange(n) % (n // rows)
+    sign = 1 if fmt.codec.plus_bit else -1
     return decoded(case, signs=signs_at(index) * sign)
 
 
@@ -419,7 +463,7 @@ def some_lanes(case):
         out[:, 4:] = 0
         return out.reshape(case.expected.shape)
     fmt = case.format
-    if "qs" not in fmt.block.names or vtq.is_mixed(fmt):
+    if not is_known(fmt) or fmt.sibling or is_mixed(fmt):
         return None
 
     def change(blocks):
@@ -434,7 +478,8 @@ def stale_tail(case):
     """The last block of every row is not written, where a row has several."""
     if case.op in ("scores", "rotation"):
         return None
-    unit = case.format.block_bytes if case.op == "quantize" else case.format.block_values
+    codec = case.format.codec
+    unit = codec.group_blocks * codec.block_bytes if case.op == "quantize" else codec.group_values
     out = case.expected.copy()
     rows = out.reshape(-1, out.shape[-1])
     if rows.shape[1] > unit:
@@ -444,16 +489,16 @@ def stale_tail(case):
 
 def stochastic(case):
     fmt = case.format
-    if case.op != "quantize" or fmt.sibling or is_trellis(fmt) or vtq.is_mixed(fmt):
+    if case.op != "quantize" or not is_written_out(fmt) or is_mixed(fmt):
         return None
-    if fmt.dialect == "llama-tq-cuda" or width(fmt) == 1:
+    if on_cuda(fmt) or width(fmt) == 1:
         return None
     return encode(case, rng=np.random.default_rng(5))
 
 
 def float16(case):
     if case.op == "quantize":
-        if case.format.sibling or case.format.dialect == "llama-tq-cuda":
+        if case.format.sibling or on_cuda(case.format):
             return None
         with np.errstate(all="ignore"):
             x = case.inputs["x"].astype(np.float16).astype(np.float32)
@@ -468,35 +513,42 @@ def row_stride(case):
         return None
     source = case.inputs["x" if case.op == "quantize" else "packed"]
     row = source.shape[-1]
-    unit = fmt.block_values if case.op == "quantize" else fmt.block_bytes
+    group_bytes = fmt.codec.group_blocks * fmt.block_bytes
+    unit = fmt.group_values if case.op == "quantize" else group_bytes
     if source.size == row:
         return case.expected
     moved = strided(source.reshape(-1), source.size // row, row, row - unit)
     if case.op == "quantize":
-        return (
-            None
-            if fmt.dialect == "llama-tq-cuda"
-            else tbq.quantize(moved.reshape(source.shape), fmt)
-        )
-    return rows_of(case, tbq.dequantize(moved, fmt))
+        return None if on_cuda(fmt) else tbq.quantize(moved.reshape(source.shape), fmt)
+    return rows_of(case, tbq.dequantize(moved, fmt, original=case.op == "scores"))
 
 
 def uncorrected(case):
     fmt = case.format
-    if case.op != "quantize" or fmt.sibling or is_tbq(fmt) or is_trellis(fmt):
+    if case.op != "quantize" or not is_written_out(fmt) or is_tbq(fmt):
         return None
-    if fmt.dialect == "llama-tq-cuda" and has_signs(fmt):
+    if on_cuda(fmt) and has_signs(fmt):
         return None
     return encode(case, correct=False)
 
 
+def half_read(case):
+    """Half of a block's lanes are left out, the norm's among them."""
+    fmt = case.format
+    if case.op == "quantize" and is_written_out(fmt) and not is_tbq(fmt) and not on_cuda(fmt):
+        x = np.where(FIRST_HALF, case.inputs["x"].reshape(-1, 32), np.float32(0))
+        return encode(case, x=x.reshape(case.inputs["x"].shape))
+    if case.op == "quantize" or not has_signs(fmt):
+        return None
+    return decoded(case, rotation="half read")
+
+
 def no_outliers(case):
     fmt = case.format
-    if "pos" not in fmt.block.names or case.op == "quantize":
+    if not is_trellis(fmt) or not fmt.codec.outliers or case.op == "quantize":
         return None
-    walk = trellis.code_table()[
-        trellis.walk(fmt, case.inputs["packed"].view(fmt.block).reshape(-1))
-    ]
+    blocks = case.inputs["packed"].view(fmt.block).reshape(-1)
+    walk = trellis.code_table()[fmt.codec.walk(blocks)]
     d = case.inputs["packed"].view(fmt.block).reshape(-1)["d"].astype(np.float32)
     with np.errstate(all="ignore"):
         y = np.where(d[:, None] == 0, np.float32(0), walk * d[:, None])
@@ -512,9 +564,9 @@ BROKEN = {
     "rotated with the transpose": rotated_wrongly("transpose"),
     "sign diagonal missing": rotated_wrongly("no signs"),
     "sign diagonal on the wrong side": rotated_wrongly("wrong side"),
-    "nibbles swapped": on_bytes(swap_nibbles, lambda fmt: width(fmt) == 4),
+    "nibbles swapped": on_bytes(swap_nibbles, lambda fmt: is_known(fmt) and width(fmt) == 4),
     "bit order reversed": on_bytes(reverse_bits),
-    "codes off by one": on_bytes(shift_codes),
+    "codes off by one": on_bytes(shift_codes, is_known),
     "another codebook": wrong_table,
     "another tie rule": other_tie,
     "fields in another order": field_order,
@@ -528,4 +580,20 @@ BROKEN = {
     "wrong row stride": row_stride,
     "norm not corrected": uncorrected,
     "outliers left out": no_outliers,
+    "rotated in halves": rotated_wrongly("sixteen"),
+    "only some lanes read": half_read,
 }
+
+
+def either(kernel, other):
+    """Return a kernel that is one of two, whichever knows a case's format."""
+
+    def first(case):
+        output = kernel(case)
+        return other(case) if output is None else output
+
+    return first
+
+
+for _bug, _kernel in broken_rotated.BROKEN.items():
+    BROKEN[_bug] = either(BROKEN[_bug], _kernel) if _bug in BROKEN else _kernel

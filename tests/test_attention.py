@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conftest import FORMATS
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -9,15 +10,15 @@ import tbq
 from tbq import CorruptBlockError, InputError
 from tbq.attention import scores_ref, weighted_sum_ref
 
-KEYS = [f for f in tbq.formats() if "K" in f.side]
-VALUES = [f for f in tbq.formats() if "V" in f.side]
+KEYS = [f for f in FORMATS if "K" in f.side]
+VALUES = [f for f in FORMATS if "V" in f.side]
 WITH_CODES = [f for f in KEYS if not f.sibling]
-by_key = {"ids": lambda fmt: fmt.key}
+by_key = {"ids": lambda fmt: fmt.label}
 EPSILON = 2.0**-24
 
 
 def packed_rows(fmt, rng, keys=5, blocks=3):
-    x = rng.standard_normal((keys, blocks * fmt.block_values)).astype(np.float32)
+    x = rng.standard_normal((keys, blocks * fmt.group_values)).astype(np.float32)
     return tbq.quantize(x * np.float32(3), fmt)
 
 
@@ -32,7 +33,7 @@ def bound(fmt, n, a, b):
 @pytest.mark.parametrize("fmt", WITH_CODES, **by_key)
 def test_scores_are_the_specification_to_the_bit(fmt, rng):
     packed = packed_rows(fmt, rng)
-    q = rng.standard_normal((3, 3 * fmt.block_values)).astype(np.float32)
+    q = rng.standard_normal((3, 3 * fmt.group_values)).astype(np.float32)
     assert np.array_equal(tbq.scores(q, packed, fmt), scores_ref(q, packed, fmt))
 
 
@@ -46,8 +47,8 @@ def test_weighted_sums_are_the_specification_to_the_bit(fmt, rng):
 @pytest.mark.parametrize("fmt", WITH_CODES, **by_key)
 def test_scores_are_close_to_float64_on_decoded_keys(fmt, rng):
     packed = packed_rows(fmt, rng, keys=40)
-    q = rng.standard_normal((4, 3 * fmt.block_values)).astype(np.float32)
-    y = tbq.dequantize(packed, fmt).astype(np.float64)
+    q = rng.standard_normal((4, 3 * fmt.group_values)).astype(np.float32)
+    y = tbq.dequantize(packed, fmt, original=True).astype(np.float64)
     found, exact = tbq.scores(q, packed, fmt), q.astype(np.float64) @ y.T
     for i in range(4):
         for t in range(40):
@@ -105,11 +106,11 @@ def test_shapes_and_chunks_change_nothing(data):
     packed = packed_rows(fmt, rng, keys=9, blocks=2)
     lead = data.draw(st.sampled_from([(), (1,), (2, 3), (0,)]))
     is_key = "K" in fmt.side
-    width = 2 * fmt.block_values if is_key else 9
+    width = 2 * fmt.group_values if is_key else 9
     x = rng.standard_normal((*lead, width)).astype(data.draw(st.sampled_from(["f4", "f2", "f8"])))
     run = tbq.scores if is_key else tbq.weighted_sum
     found = run(x, packed, fmt)
-    assert found.shape == (*lead, 9 if is_key else 2 * fmt.block_values)
+    assert found.shape == (*lead, 9 if is_key else 2 * fmt.group_values)
     assert found.dtype == np.float32
     flat = x.reshape(-1, width)
     one_by_one = [run(row, packed, fmt) for row in flat]

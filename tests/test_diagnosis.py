@@ -1,7 +1,4 @@
-"""The verifier names each deliberate bug first, in every format where it can occur.
-
-`python -m pytest tests/test_diagnosis.py -s` prints the table.
-"""
+"""The verifier names each deliberate bug first, in every format where it can occur."""
 
 from collections import Counter
 
@@ -9,15 +6,21 @@ import broken_kernels
 import numpy as np
 import pytest
 from broken_kernels import BROKEN
+from conftest import FULL, REPRESENTATIVES
 from scipy.linalg import hadamard
 
 import tbq
-from tools.diagnosis import BUGS, diagnose
-from tools.vector_compare import EXACT, ROUNDING, WRONG, compare
-from tools.vector_set import OPERATIONS, cases
+from tbq.rotations import KINDS
+from tbq.vectors import BUGS, EXACT, OPERATIONS, ROUNDING, WRONG, cases, compare, diagnose
+
+# Every bug is tried in one format of each kind; of others, that what is right is called so.
+
+# What a float32 kernel in another order could have written, but for every bit of it.
+WITHIN_ROUNDING = {"another 1/sqrt(128)"}
+# Bugs that only some families know.
+OF_FAMILIES = {"parts of values far apart", "multiplied from the right"}
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-TABLE: Counter = Counter()
 
 
 def same_outputs(a, b):
@@ -26,20 +29,29 @@ def same_outputs(a, b):
     )
 
 
+# What else a release with other tables may be called.
+TABLES = {"another codebook", "the other side's table", "another release's table"}
+
+
+def named_bug(kernel):
+    return kernel.partition(" / ")[0]
+
+
 def named(found, outputs):
     """Return what the diagnosis calls each bug, and the names that would be right."""
     for bug, mine in outputs.items():
         comparisons = [compare(c, x) for c, x in zip(found, mine, strict=True)]
-        assert any(c.verdict == WRONG for c in comparisons), f"{bug} passes"
+        invisible = bug in WITHIN_ROUNDING
+        assert invisible or any(c.verdict == WRONG for c in comparisons), f"{bug} passes"
         diagnoses = diagnose(comparisons)
         first = diagnoses[0].bug if diagnoses else "nothing"
-        equal = {other for other, theirs in outputs.items() if same_outputs(mine, theirs)}
-        yield bug, first, equal
+        equal = {named_bug(o) for o, theirs in outputs.items() if same_outputs(mine, theirs)}
+        yield bug, first, equal | (TABLES if bug == "as another release does it" else set())
 
 
 @pytest.mark.parametrize("op", [op for op in OPERATIONS if op != "rotation"])
 def test_every_bug_is_named_first_and_right_is_never_wrong(fmt, op):
-    found = list(cases([fmt], [op], 0, "small"))
+    found = list(cases([fmt], [op]))
     if not found:
         assert (op == "scores" and "K" not in fmt.side) or (
             op == "weighted_sum" and "V" not in fmt.side
@@ -49,6 +61,8 @@ def test_every_bug_is_named_first_and_right_is_never_wrong(fmt, op):
         verdict = compare(case, broken_kernels.right(case))
         assert verdict.verdict in (EXACT, ROUNDING), f"{case.id}: {verdict.detail}"
         assert compare(case, case.expected).verdict == EXACT
+    if not (FULL or fmt in REPRESENTATIVES):
+        return
     outputs = {}
     for bug, kernel in BROKEN.items():
         mine = [kernel(case) for case in found]
@@ -56,17 +70,15 @@ def test_every_bug_is_named_first_and_right_is_never_wrong(fmt, op):
             outputs[bug] = mine
     assert len(outputs) >= 3
     for bug, first, equal in named(found, outputs):
-        TABLE[bug, first if first not in equal else bug] += 1
         assert first in equal, bug
 
 
 def test_every_bug_of_a_graph_rotation_is_named_first():
-    found = list(cases([], ["rotation"], 0, "small"))
-    for kind in ("hadamard", "hadamard64", "dhd64"):
+    found = list(cases([], ["rotation"]))
+    for kind in KINDS:
         mine = [c for c in found if c.rotation == kind]
         outputs = {bug: [rotate(c) for c in mine] for bug, rotate in broken_rotations(kind).items()}
         for bug, first, equal in named(mine, outputs):
-            TABLE[bug, first if first not in equal else bug] += 1
             assert first in equal, (kind, bug)
 
 
@@ -99,21 +111,15 @@ def broken_rotations(kind):
     return bugs
 
 
-def test_every_bug_that_can_be_named_was_tried():
-    tried = {bug for bug, _ in TABLE}
-    assert tried == set(BUGS) - {"as another dialect does it"}
-    print(f"\n{'bug':<34}{'mutants':>8}  named")
-    for bug in BUGS:
-        rows = {first: n for (b, first), n in TABLE.items() if b == bug}
-        if rows:
-            names = ", ".join(f"{'itself' if f == bug else f} {n}" for f, n in rows.items())
-            print(f"{bug:<34}{sum(rows.values()):>8}  {names}")
+def test_every_bug_that_can_be_named_is_tried():
+    tried = set(map(named_bug, BROKEN)).union(*map(broken_rotations, KINDS))
+    assert tried - OF_FAMILIES == set(BUGS) - {"as another dialect does it"}
 
 
 def test_another_dialect_is_named():
     fmt = tbq.get_format("llama-tq:ktq2_1")
     for op, expected in (("quantize", "as another dialect does it"), ("dequantize", "negated")):
-        found = list(cases([fmt], [op], 0, "small"))
+        found = list(cases([fmt], [op]))
         other = "llama-tq-cuda:ktq2_1"
         if op == "quantize":
             outputs = [tbq.quantize(c.inputs["x"], other) for c in found]
@@ -129,7 +135,7 @@ def test_an_unknown_bug_is_not_called_a_known_one(rng):
     """Random bytes and values are wrong, and nothing explains them."""
     fmt = tbq.get_format("tbq4_0")
     for op in ("quantize", "dequantize"):
-        found = list(cases([fmt], [op], 0, "small"))
+        found = list(cases([fmt], [op]))
         comparisons = []
         for case in found:
             if op == "quantize":
@@ -145,7 +151,23 @@ def test_contracted_and_reordered_sums_are_rounding():
     """A kernel in float64 is explained, with positions and ulps, wherever it is not exact."""
     verdicts = Counter()
     for fmt in (f for f in tbq.formats() if not f.sibling):
-        for case in cases([fmt], ["dequantize"], 0, "small"):
+        for case in cases([fmt], ["dequantize"]):
             verdicts[compare(case, broken_kernels.right(case)).verdict] += 1
     assert verdicts[ROUNDING] > 10
     assert verdicts[WRONG] == 0
+
+
+@pytest.mark.parametrize("key", ["pr21089:tbq3_0", "llama-tq:ktq2_1", "buun:turbo3"])
+def test_half_of_the_lanes_of_each_group_is_no_tail(key):
+    """Values 16 to 31 of every 32 are right in no row, but the next group's first ones are."""
+    found = list(cases([tbq.get_format(key)], ["dequantize"]))
+    comparisons = []
+    for case in found:
+        output = case.expected.copy()
+        output.reshape(-1, 32)[:, 16:] = 0
+        comparisons.append(compare(case, output))
+    diagnoses = {d.bug: d for d in diagnose(comparisons)}
+    lanes = diagnoses["only some lanes written"]
+    assert "lanes 0-15 of every 32" in lanes.detail
+    assert lanes.explained > 0.99
+    assert "stale or unwritten tail" not in diagnoses

@@ -1,17 +1,18 @@
 """Reading GGUF: real files, files of gguf-py, and files that lie."""
 
+import dataclasses
 import struct
-import time
 import tracemalloc
 
 import gguf
 import gguf_bytes as g
 import numpy as np
 import pytest
-from conftest import SAMPLES
+from conftest import NUMBERED, SAMPLES
 
 import gguf_io
 import tbq
+from tbq.registry import get_dialect, type_id
 
 F32_DATA = np.arange(256, dtype="<f4").tobytes()
 GOOD = g.gguf_file(
@@ -118,8 +119,12 @@ HOSTILE = {
     "kv count": (g.gguf_file(n_kv=1 << 62), "metadata count"),
     "five dimensions": (one(ne=(1, 1, 1, 1, 256)), "5 dimensions"),
     "2^31 dimensions": (one(n_dims=1 << 31), "dimensions"),
-    "no dimension": (one(ne=()), "0 dimensions"),
-    "dimension 0": (one(ne=(0, 4)), "empty"),
+    "empty and beyond": (one(ne=(0, 1 << 32, 1 << 32)), "2\\^63"),
+    "row of an empty tensor": (one(ne=(100, 0), type_id=2), "multiple of 32"),
+    "unknown type without bytes": (
+        g.gguf_file([], [g.tensor("a", (64,), 100), g.tensor("b", (256,))], F32_DATA),
+        "takes 0 bytes",
+    ),
     "negative dimension": (one(ne=(2**64 - 1,)), "2\\^63"),
     "product overflow": (one(ne=(1 << 32, 1 << 32)), "2\\^63"),
     "nbytes overflow": (one(ne=(1 << 62,)), "bytes"),
@@ -135,7 +140,7 @@ HOSTILE = {
         g.gguf_file([], [g.tensor("a", (64,)), g.tensor("a", (64,), 0, 256)], F32_DATA),
         "twice",
     ),
-    "long name": (one(name="n" * 64), "tensor name"),
+    "long name": (one(name="n" * 128), "tensor name"),
     "huge name": (
         g.gguf_file([], [g.string("n", 1 << 62) + bytes(64)], F32_DATA),
         "tensor name",
@@ -188,10 +193,8 @@ HOSTILE = {
 def test_hostile_file(tmp_path, name):
     data, words = HOSTILE[name]
     tracemalloc.start()
-    began = time.perf_counter()
     with pytest.raises(tbq.FileFormatError, match=words) as caught:
         opened(tmp_path, data)
-    assert time.perf_counter() - began < 1
     assert tracemalloc.get_traced_memory()[1] < 4 << 20
     tracemalloc.stop()
     assert caught.value.path.endswith("file.gguf")
@@ -212,7 +215,7 @@ def test_not_a_regular_file(tmp_path):
         gguf_io.open_gguf("/dev/null")
 
 
-def test_a_vocabulary_opens_fast_and_without_an_object_per_string(tmp_path):
+def test_a_vocabulary_opens_without_an_object_per_string(tmp_path):
     words = [f"token-{i}" for i in range(262_144)]
     data = g.gguf_file(
         [
@@ -222,12 +225,6 @@ def test_a_vocabulary_opens_fast_and_without_an_object_per_string(tmp_path):
     )
     path = tmp_path / "vocabulary.gguf"
     path.write_bytes(data)
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        f = gguf_io.open_gguf(path)
-        seconds.append(time.perf_counter() - began)
-    assert min(seconds) < 0.5
     tracemalloc.start()
     f = gguf_io.open_gguf(path)
     assert tracemalloc.get_traced_memory()[1] < 8 << 20
@@ -245,9 +242,9 @@ def test_every_ggml_type_that_gguf_py_can_write_reads_back(tmp_path, rng):
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_array("list", [1, 2, 3])
     expected = {}
-    for kind in gguf_io.types.ggml_types().values():
+    for kind in get_dialect("ggml").formats:
         if gguf_io.types.can_quantize(kind):
-            qtype = gguf.GGMLQuantizationType(kind.type_id)
+            qtype = gguf.GGMLQuantizationType(type_id(kind))
             packed = gguf.quantize(x, qtype)
             writer.add_tensor(kind.name, packed, raw_dtype=qtype)
             expected[kind.name] = gguf.dequantize(packed, qtype)
@@ -278,22 +275,33 @@ def test_k_quants_decode():
 # --- dialects ---
 
 
-def fork_file(fmt, n_blocks=8, type_id=None, kvs=(), negate=False, extra=0):
-    x = np.random.default_rng(5).standard_normal((n_blocks, fmt.block_values))
+def fork_file(fmt, n_blocks=8, number=None, kvs=(), negate=False, extra=0):
+    x = np.random.default_rng(5).standard_normal((n_blocks, fmt.group_values))
     packed = tbq.quantize(x, fmt)
     if negate:
         packed[:, -1] |= 0x80
-    record = g.tensor("t", (fmt.block_values, n_blocks), type_id or fmt.type_id)
+    record = g.tensor("t", (fmt.group_values, n_blocks), number or type_id(fmt))
     return g.gguf_file(kvs, [record], packed.tobytes() + bytes(extra)), packed
 
 
+@pytest.mark.parametrize("fmt", NUMBERED, ids=lambda fmt: fmt.label)
 def test_dialect_is_inferred_and_said_to_be(tmp_path, fmt):
     data, packed = fork_file(fmt)
-    f = opened(tmp_path, data, dialect=fmt.dialect)
-    assert (f.dialect, f.dialect_guessed) == (fmt.dialect, False)
-    assert f.tensors["t"].format is fmt
+    release = next(
+        r.name
+        for r in get_dialect(fmt.dialect).releases
+        if any(f.key == fmt.key for f in r.types.values())
+    )
+    f = opened(tmp_path, data, dialect=f"{fmt.dialect}@{release}")
+    assert (f.dialect, f.release, f.dialect_guessed) == (fmt.dialect, release, False)
+    assert f.tensors["t"].format.key == fmt.key
     assert np.array_equal(f.tensors["t"].raw, packed)
-    assert np.array_equal(f.tensors["t"].dequantize(), tbq.dequantize(packed, fmt))
+    if fmt.choice:  # a model's tensor does not say for which side or heads it is
+        with pytest.raises(tbq.InputError, match="head_dim|side"):
+            f.tensors["t"].dequantize()
+    else:
+        y = tbq.dequantize(packed, fmt, original=True)
+        assert np.array_equal(f.tensors["t"].dequantize(), y)
     f = opened(tmp_path, data)
     if f.dialect is not None:
         assert f.dialect_guessed
@@ -313,7 +321,19 @@ def test_dialect_stated_by_the_file(tmp_path):
 
 def test_scales_in_the_wrong_place_are_not_this_dialect(tmp_path):
     """AmesianX has the same id, name and size, with d in front: half of ours are negative then."""
-    data, _ = fork_file(tbq.get_format("tbq3_0"), negate=True)
+    data, _ = fork_file(tbq.get_format("amesianx:tbq3_0").at(head_dim=256), n_blocks=64)
+    f = opened(tmp_path, data)
+    assert (f.dialect, f.dialect_guessed) == ("amesianx", True)
+    data, _ = fork_file(tbq.get_format("pr21089:tbq3_0"), n_blocks=64)
+    f = opened(tmp_path, data)
+    assert (f.dialect, f.dialect_guessed) == ("pr21089", True)
+
+
+def test_negative_scales_are_no_dialect(tmp_path):
+    """With d in front or at the end alike."""
+    data, packed = fork_file(tbq.get_format("pr21089:tbq3_0"), negate=True)
+    packed[:, 1] |= 0x80
+    data = data[: -packed.size] + packed.tobytes()
     f = opened(tmp_path, data)
     assert f.dialect is None
     assert isinstance(f.tensors["t"].format, gguf_io.Unknown)
@@ -339,27 +359,48 @@ def test_unknown_types_keep_their_bytes(tmp_path):
 
 
 def test_wrong_dialect_is_refused(tmp_path):
-    data, _ = fork_file(tbq.get_format("tbq3_0"), type_id=99)
+    data, _ = fork_file(tbq.get_format("tbq3_0"), number=99)
     with pytest.raises(tbq.FileFormatError, match="no type id 99"):
         opened(tmp_path, data, dialect="pr21089")
     with pytest.raises(tbq.UnknownFormatError, match="pr21089"):
         opened(tmp_path, data, dialect="pr21088")
 
 
-def test_two_dialects_that_fit_are_both_named(tmp_path, monkeypatch):
+def test_two_dialects_that_fit_are_both_named(tmp_path, registered_twin):
     """As soon as a second dialect fits, decoding asks for dialect= and names both."""
-    import dataclasses
-
-    from tbq import registry
-
-    twin = dataclasses.replace(tbq.get_format("tbq3_0"), dialect="twin")
-    monkeypatch.setitem(registry._FORMATS, twin.key, twin)
+    codec = dataclasses.replace(tbq.get_format("tbq3_0").codec, transposed=True)
+    twin = registered_twin("twin", codec=codec)
     data, packed = fork_file(tbq.get_format("pr21089:tbq3_0"))
     f = opened(tmp_path, data)
     assert f.dialect is None
     with pytest.raises(tbq.AmbiguousTypeError, match="pr21089:tbq3_0.*twin:tbq3_0.*dialect="):
         f.tensors["t"].dequantize()
     assert opened(tmp_path, data, dialect="twin").tensors["t"].format is twin
+
+
+def test_two_dialects_of_the_same_codecs_are_one_answer(tmp_path, registered_twin):
+    """Another name for the same bytes leaves nothing to ask."""
+    registered_twin("twin")
+    data, packed = fork_file(tbq.get_format("pr21089:tbq3_0"), n_blocks=64)
+    f = opened(tmp_path, data)
+    assert f.dialect == "pr21089"
+    assert np.array_equal(f.tensors["t"].dequantize(), tbq.dequantize(packed, "pr21089:tbq3_0"))
+
+
+def test_an_old_release_is_read_and_stated(tmp_path, registered_twin):
+    """The same name under another number: what a release means is read with that release."""
+    registered_twin("twin", older={98: "tbq3_0"})
+    fmt = tbq.get_format("twin@old:tbq3_0")
+    data, packed = fork_file(fmt, number=98)
+    f = opened(tmp_path, data)
+    assert (f.dialect, f.release, f.tensors["t"].format) == ("twin", "old", fmt)
+    path = tmp_path / "own.gguf"
+    tensor = gguf_io.OutputTensor.from_packed("t", packed, fmt)
+    gguf_io.write_gguf(path, {}, [tensor], dialect="twin@old")
+    with gguf_io.open_gguf(path) as own:
+        assert own.metadata["tbq.release"] == "old"
+        assert (own.dialect, own.dialect_guessed, own.tensors["t"].type_id) == ("twin", False, 98)
+        assert np.array_equal(own.tensors["t"].raw, packed)
 
 
 # --- shards ---

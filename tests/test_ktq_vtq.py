@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 import tbq
+from tbq import nearest
 from tbq.families import ktq, vtq
-from tbq.kernels import nearest
 from tbq.kernels.compile import jit
+from tbq.kernels.nearest import count_thresholds
 from tbq.numerics import fnv1a, philox6
 
 CPU_KEYS = [
@@ -95,7 +96,7 @@ def test_absolute_thresholds_equal_the_search(bits):
 @jit
 def _count(r, limits, codes):
     for i in range(r.size):
-        codes[i] = nearest.count_thresholds(r[i], limits)
+        codes[i] = count_thresholds(r[i], limits)
 
 
 def count(r, limits):

@@ -3,13 +3,14 @@
 import ml_dtypes
 import numpy as np
 import pytest
+from conftest import FORMATS
 from hypothesis import given
 from hypothesis import strategies as st
 
 import tbq
 
 DTYPES = ["<f2", ">f2", "<f4", ">f4", "<f8", ">f8", "g", ml_dtypes.bfloat16]
-formats = st.sampled_from(tbq.formats())
+formats = st.sampled_from(FORMATS)
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -17,7 +18,7 @@ seeds = st.integers(0, 2**32 - 1)
 def arrays(draw, fmt):
     """Floats of any dtype, 1 to 4 axes and any strides, sometimes with NaN and infinities."""
     lead = draw(st.lists(st.integers(0, 3), max_size=3))
-    n = fmt.block_values * draw(st.integers(1, 3))
+    n = fmt.group_values * draw(st.integers(1, 3))
     rng = np.random.default_rng(draw(seeds))
     steps = [draw(st.sampled_from([1, 2, -1, -2])) for _ in range(len(lead) + 1)]
     padded = [abs(s) * m for s, m in zip(steps, [*lead, n], strict=True)]
@@ -48,9 +49,9 @@ def test_shape_stride_dtype_and_threads_change_no_byte(data):
 
 @given(st.data())
 def test_rows_are_independent(data):
-    fmt = data.draw(formats.filter(lambda f: f.block_index != "tensor"))
+    fmt = data.draw(formats.filter(lambda f: f.codec.position in ("none", "row")))
     rows = data.draw(st.integers(1, 5))
-    x = np.random.default_rng(data.draw(seeds)).standard_normal((rows, 2 * fmt.block_values))
+    x = np.random.default_rng(data.draw(seeds)).standard_normal((rows, 2 * fmt.group_values))
     packed = tbq.quantize(x, fmt)
     for i in range(rows):
         assert np.array_equal(tbq.quantize(x[i], fmt), packed[i])
@@ -58,7 +59,7 @@ def test_rows_are_independent(data):
 
 @pytest.mark.parametrize("chunk", [1, 1000, 1 << 20])
 def test_chunk_size_changes_no_byte(fmt, rng, monkeypatch, chunk):
-    x = rng.standard_normal((37, 3 * fmt.block_values)).astype(np.float32)
+    x = rng.standard_normal((37, 3 * fmt.group_values)).astype(np.float32)
     packed = tbq.quantize(x, fmt, threads=1)
     y = tbq.dequantize(packed, fmt, threads=1)
     monkeypatch.setattr("tbq.api.CHUNK_VALUES", chunk)
@@ -68,8 +69,8 @@ def test_chunk_size_changes_no_byte(fmt, rng, monkeypatch, chunk):
 
 
 def test_out_is_filled_and_returned(fmt, rng):
-    x = rng.standard_normal((3, fmt.block_values)).astype(np.float32)
-    packed = np.full((3, fmt.block_bytes), 0xAA, np.uint8)
+    x = rng.standard_normal((3, fmt.group_values)).astype(np.float32)
+    packed = np.full((3, fmt.row_bytes(fmt.group_values)), 0xAA, np.uint8)
     assert tbq.quantize(x, fmt, out=packed) is packed
     assert np.array_equal(packed, tbq.quantize(x, fmt))
     y = np.full(x.shape, np.nan, np.float32)
@@ -78,7 +79,7 @@ def test_out_is_filled_and_returned(fmt, rng):
 
 
 def test_inputs_are_not_modified(fmt, rng):
-    x = rng.standard_normal((2, fmt.block_values)).astype(np.float32)
+    x = rng.standard_normal((2, fmt.group_values)).astype(np.float32)
     before = x.copy()
     packed = tbq.quantize(x, fmt)
     packed_before = packed.copy()

@@ -49,6 +49,11 @@ def test_sliding_windows(shape):
     assert shape("new", **window, **{key: flags}).cache_layers("iswa", 0) == [1, 4]
     assert shape("new", **window).cache_layers("iswa", 0) is None
     assert shape("new", **window).cache_layers("kv", 0) == list(range(8))
+    assert shape("smallthinker", **window).cache_layers("iswa", 0) == [0, 4]
+    assert shape("plamo3", **window).cache_layers("iswa", 0) == [7]
+    assert shape("phi3", **window).cache_layers("kv", 0) == list(range(8))
+    assert shape("llama4").cache_layers("iswa", 0) == [3, 7]  # chunks of 8192 without a key
+    assert shape("llama4", **{"attention.sliding_window": 0}).cache_layers("iswa", 1) == []
     own = {"attention.key_length": 256, "attention.key_length_swa": 128}
     s = shape("gemma4", **window, **own, **{key: flags})
     assert [s.head_dim("K", il) for il in range(3)] == [128, 256, 128]

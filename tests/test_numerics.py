@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tbq
-from tbq import bitpack, numerics, rotations
+from tbq import bitpack, numerics
+from tbq.families import dense
 from tbq.kernels import bitpack as kernel_bitpack
 from tbq.kernels import compile
 from tbq.kernels.compile import jit
@@ -101,7 +102,7 @@ def test_cached_kernels_notice_changes_in_other_files():
     """A kernel inlines functions of other modules, so its cache is stamped with all of them."""
     stamp = to_fp16._cache._cache_file._source_stamp
     assert stamp == compile._sources_stamp()
-    assert {"kernels/numerics.py", "families/ktq.py", "rotations.py"} <= {
+    assert {"kernels/numerics.py", "families/dense.py", "bitpack.py"} <= {
         name for name, *_ in stamp
     }
 
@@ -123,26 +124,26 @@ def test_splitmix64_known_answer():
 
 
 def test_qr_rotation_is_pinned():
-    q = rotations.qr_rotation()
+    q = dense.qr_rotation()
     digest = hashlib.sha256(q.astype("<f4").tobytes()).hexdigest()
     assert digest == "cd1e7d50aa584f9d9e72d822fde7c4ee8bb54f65a4fb291e21c80b17f494fc9f"
     assert np.abs(q.astype(np.float64) @ q.T.astype(np.float64) - np.eye(128)).max() < 2e-6
-    assert rotations.qr_rotation() is q
+    assert dense.qr_rotation() is q
     with pytest.raises(ValueError, match="read-only"):
         q[0, 0] = 0
 
 
 def test_qr_rotation_is_the_q_with_positive_diagonal_r():
-    a = rotations._gaussian_matrix(rotations.QR_SEED).astype(np.float64)
+    a = dense._gaussian(dense.QR_SEED, dense.QR_SIZE).astype(np.float64)
     q, r = np.linalg.qr(a)
-    assert np.abs(rotations.qr_rotation() - q * np.sign(np.diag(r))).max() < 1e-4
+    assert np.abs(dense.qr_rotation() - q * np.sign(np.diag(r))).max() < 1e-4
 
 
 def test_another_math_library_is_noticed(monkeypatch):
-    monkeypatch.setattr(rotations.math, "log", lambda x, log=math.log: log(x) * (1 + 1e-7))
-    rotations.qr_rotation.cache_clear()
+    monkeypatch.setattr(dense.math, "log", lambda x, log=math.log: log(x) * (1 + 1e-7))
+    dense.qr_rotation.cache_clear()
     try:
         with pytest.raises(tbq.BackendError, match="SHA-256"):
-            rotations.qr_rotation()
+            dense.qr_rotation()
     finally:
-        rotations.qr_rotation.cache_clear()
+        dense.qr_rotation.cache_clear()

@@ -40,7 +40,8 @@ def test_top_level_names(wheel):
 
 def test_every_module_is_in_the_wheel(wheel):
     packed = set(zipfile.ZipFile(wheel).namelist())
-    for package, name in {"tbq": "tbq", "gguf_io": "gguf_io", "tools": "tbq_tools"}.items():
+    names = {"tbq": "tbq", "gguf_io": "gguf_io", "cuda_port": "cuda_port", "tools": "tbq_tools"}
+    for package, name in names.items():
         for path in (ROOT / package).rglob("*.py"):
             assert f"{name}/{path.relative_to(ROOT / package).as_posix()}" in packed
 
@@ -63,7 +64,7 @@ def test_runs_without_the_checkout(wheel, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "o.gguf").exists()
-    demo = run("-m", "tbq_tools.demo")
+    demo = run("-m", "tbq_tools.demo", "tbq3_0")
     assert "pr21089:tbq3_0" in demo.stdout, demo.stderr
 
 

@@ -6,7 +6,8 @@ import state_bytes as sb
 from conftest import STATES
 
 import tbq
-from gguf_io import open_state, plan_conversion, resolve_type, write_state
+import tbq.quality
+from gguf_io import open_state, plan_conversion, resolve_type, write_gguf, write_state
 from gguf_io.state_writer import CACHE_TYPES
 from tbq import InputError
 
@@ -215,7 +216,7 @@ def test_blocks_that_do_not_divide_the_row(tmp_path, out):
 def test_the_source_is_never_overwritten(tmp_path):
     path = tmp_path / "in.bin"
     path.write_bytes(sample("pr21089.tbq3_0.seq0").read_bytes())
-    with open_state(path) as s, pytest.raises(InputError, match="other than the source"):
+    with open_state(path) as s, pytest.raises(InputError, match="that is not read"):
         write_state(path, s)
 
 
@@ -227,6 +228,64 @@ def test_every_cache_type_goes_there_and_back(kind, out, tmp_path):
     convert(out, back, "f32", "f32")
     with open_state(source) as a, open_state(back) as b:
         for name, t in a.tensors.items():
-            d = tbq.metrics.Distortion()
+            d = tbq.quality.Distortion()
             d.add(t.values(), b.tensors[name].values())
             assert d.relative_mse < 0.02
+
+
+# --- caches of one model that differ ---
+
+
+@pytest.fixture
+def window_state(tmp_path, rng):
+    """Make float32 dumps of a model whose window layers have other heads."""
+
+    def make(full, window):
+        model, path = tmp_path / "gemma4.gguf", tmp_path / "f32.bin"
+        keys = {
+            "block_count": 3,
+            "embedding_length": 1024,
+            "attention.head_count": 4,
+            "attention.head_count_kv": [1, 512 // window, 512 // window],
+            "attention.key_length": full,
+            "attention.value_length": full,
+            "attention.key_length_swa": window,
+            "attention.value_length_swa": window,
+            "attention.sliding_window": 1024,
+            "attention.sliding_window_pattern": [False, True, True],
+        }
+        metadata = {f"gemma4.{key}": value for key, value in keys.items()}
+        write_gguf(model, {"general.architecture": "gemma4"} | metadata, [])
+        memories = sb.kv(4, ((0, 4 * full),)), sb.kv(4, ((0, 2048),) * 2)
+        data = bytearray(sb.sequence(b"".join(memories)))
+        path.write_bytes(data)
+        with open_state(path, model=model) as s:
+            for part in (part for t in s.tensors.values() for part in t.parts):
+                x = rng.standard_normal((part.end - part.data) // 4).astype("<f4")
+                data[part.data : part.end] = x.tobytes()
+        path.write_bytes(data)
+        return path, model
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("full", "window", "rotated"),
+    [(512, 256, ("base", "swa")), (96, 128, ("swa",)), (256, 32, ("base",)), (96, 32, ())],
+)
+def test_each_cache_is_rotated_by_its_own_heads(window_state, out, full, window, rotated):
+    """Gemma 4: 512 values in full layers, 256 in window layers; both caches are rotated."""
+    path, model = window_state(full, window)
+    with open_state(path, model=model) as s:
+        write_state(out, plan_conversion(s, types("q8_0", "q8_0")))
+        with open_state(out, model=model) as done:
+            for name, t in s.tensors.items():
+                assert t.head_dim == (full if name.startswith("base") else window)
+                x = t.values()
+                if name.startswith(rotated):
+                    kind = "hadamard" if t.kind == "K" else "hadamard64"
+                    x = tbq.rotation(kind, t.head_dim).forward(x)
+                    assert done.tensors[name].rotation.kind == kind
+                want = tbq.quantize(x.reshape(len(x), -1), "q8_0")
+                assert np.array_equal(done.tensors[name].rows(), want)
+            assert ("of the cache whose heads are" in done.rotation.reason) == (len(rotated) == 1)

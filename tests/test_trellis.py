@@ -90,7 +90,7 @@ def test_specification_equals_the_plain_search(rng):
         u = u / np.linalg.norm(u)
         plain = np.empty(129, np.int64)
         best_walk(u, trellis.code_table(), bits, plain)
-        assert np.array_equal(trellis.viterbi_ref(u, bits), plain)
+        assert np.array_equal(trellis.viterbi(u, bits), plain)
 
 
 def test_rounding_ties_do_occur(rng):
@@ -132,7 +132,7 @@ def test_any_value_decodes_alone(rng):
 @pytest.mark.parametrize("name", ["vtq2_3", "vtq3_3", "vtq4_3", "vtq3_v8"])
 def test_outliers_survive_exactly(name, rng):
     fmt = tbq.get_format(name)
-    count = trellis.outliers(fmt)
+    count = fmt.codec.outliers
     x = rng.standard_normal((3, 128)).astype(np.float32)
     positions = np.sort(rng.permuted(np.tile(np.arange(128), (3, 1)), axis=1)[:, :count], axis=1)
     np.put_along_axis(x, positions, np.float32(100.0) + positions, axis=1)
