@@ -15,7 +15,7 @@ demo: $(INSTALLED)
 
 # Lint, then run the test suite.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
