@@ -22,42 +22,15 @@ from tbq.families.pr21089 import (
 )
 from tbq.kernels.bitpack import pack, unpack
 from tbq.kernels.compile import jit
+from tbq.kernels.dense import multiplier, norms_of_four
 from tbq.kernels.numerics import load_fp16, store_fp16
 
 PAIR = 2 * QK_K  # values of two blocks
-H1, H2, H3 = QR_SIZE, 2 * QR_SIZE, 3 * QR_SIZE  # where the second, third and fourth half start
 ZERO = np.float32(0.0)
 ZERO_CODE, ONE_CODE = np.int32(0), np.int32(1)
 
-
-@jit
-def rotate_pair(columns, x, y):
-    """Set each half of y (512,) to the sum over j, ascending, of columns[j] * x_j of that half."""
-    for i in range(PAIR):
-        y[i] = ZERO
-    for j in range(0, QR_SIZE, 4):
-        a0, a1, a2, a3 = x[j], x[j + 1], x[j + 2], x[j + 3]
-        b0, b1, b2, b3 = x[H1 + j], x[H1 + j + 1], x[H1 + j + 2], x[H1 + j + 3]
-        c0, c1, c2, c3 = x[H2 + j], x[H2 + j + 1], x[H2 + j + 2], x[H2 + j + 3]
-        d0, d1, d2, d3 = x[H3 + j], x[H3 + j + 1], x[H3 + j + 2], x[H3 + j + 3]
-        for i in range(QR_SIZE):
-            q0, q1, q2, q3 = columns[j, i], columns[j + 1, i], columns[j + 2, i], columns[j + 3, i]
-            y[i] = (((y[i] + q0 * a0) + q1 * a1) + q2 * a2) + q3 * a3
-            y[H1 + i] = (((y[H1 + i] + q0 * b0) + q1 * b1) + q2 * b2) + q3 * b3
-            y[H2 + i] = (((y[H2 + i] + q0 * c0) + q1 * c1) + q2 * c2) + q3 * c3
-            y[H3 + i] = (((y[H3 + i] + q0 * d0) + q1 * d1) + q2 * d2) + q3 * d3
-
-
-@jit
-def _norms(x, norm):
-    """Set norm (4,) to the L2 norms of four rows of x (4, 256): four chains hide the latency."""
-    s0 = s1 = s2 = s3 = ZERO
-    for j in range(QK_K):
-        s0 += x[0, j] * x[0, j]
-        s1 += x[1, j] * x[1, j]
-        s2 += x[2, j] * x[2, j]
-        s3 += x[3, j] * x[3, j]
-    norm[0], norm[1], norm[2], norm[3] = np.sqrt(s0), np.sqrt(s1), np.sqrt(s2), np.sqrt(s3)
+# Each half of two blocks is a vector.
+rotate_pair = multiplier(QR_SIZE)
 
 
 @jit
@@ -80,7 +53,7 @@ def _quantize(x, columns, boundaries, bits, packed):
         k = b % 4
         if k == 0:
             if b + 4 <= n:
-                _norms(x[b : b + 4], norm)
+                norms_of_four(x[b : b + 4], norm)
             else:
                 for i in range(n - b):
                     norm[i] = _norm(x[b + i])

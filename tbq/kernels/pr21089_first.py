@@ -20,44 +20,16 @@ from tbq.families.pr21089_first import (
 )
 from tbq.kernels.bitpack import pack, unpack
 from tbq.kernels.compile import jit
+from tbq.kernels.dense import multiplier, norms_of_four
 from tbq.kernels.numerics import load_fp16, store_fp16
 
 BLOCKS = 4
 SIZE = BLOCKS * QK_K
-H1, H2, H3 = QK_K, 2 * QK_K, 3 * QK_K  # where the second, third and fourth vector start
 SIGNS = QK_K // 8
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
 ZERO_CODE, ONE_CODE = np.int32(0), np.int32(1)
 
-
-@jit
-def _multiply(columns, x, y):
-    """Set each vector of y (4 * 256,) to the sum over j, ascending, of columns[j] * x_j."""
-    for i in range(SIZE):
-        y[i] = ZERO
-    for j in range(0, QK_K, 4):
-        a0, a1, a2, a3 = x[j], x[j + 1], x[j + 2], x[j + 3]
-        b0, b1, b2, b3 = x[H1 + j], x[H1 + j + 1], x[H1 + j + 2], x[H1 + j + 3]
-        c0, c1, c2, c3 = x[H2 + j], x[H2 + j + 1], x[H2 + j + 2], x[H2 + j + 3]
-        d0, d1, d2, d3 = x[H3 + j], x[H3 + j + 1], x[H3 + j + 2], x[H3 + j + 3]
-        for i in range(QK_K):
-            q0, q1, q2, q3 = columns[j, i], columns[j + 1, i], columns[j + 2, i], columns[j + 3, i]
-            y[i] = (((y[i] + q0 * a0) + q1 * a1) + q2 * a2) + q3 * a3
-            y[H1 + i] = (((y[H1 + i] + q0 * b0) + q1 * b1) + q2 * b2) + q3 * b3
-            y[H2 + i] = (((y[H2 + i] + q0 * c0) + q1 * c1) + q2 * c2) + q3 * c3
-            y[H3 + i] = (((y[H3 + i] + q0 * d0) + q1 * d1) + q2 * d2) + q3 * d3
-
-
-@jit
-def _norms(v, norm):
-    """Set norm (4,) to the L2 norms of four vectors: four chains hide the latency."""
-    s0 = s1 = s2 = s3 = ZERO
-    for j in range(QK_K):
-        s0 += v[j] * v[j]
-        s1 += v[H1 + j] * v[H1 + j]
-        s2 += v[H2 + j] * v[H2 + j]
-        s3 += v[H3 + j] * v[H3 + j]
-    norm[0], norm[1], norm[2], norm[3] = np.sqrt(s0), np.sqrt(s1), np.sqrt(s2), np.sqrt(s3)
+_multiply = multiplier(QK_K)
 
 
 @jit
@@ -85,7 +57,7 @@ def _quantize(x, matrices, edges, levels, bits, packed):
         count = min(BLOCKS, x.shape[0] - start)
         for b in range(count):
             v[b * QK_K : (b + 1) * QK_K] = x[start + b]
-        _norms(v, norm)
+        norms_of_four(v.reshape(BLOCKS, QK_K), norm)
         for b in range(BLOCKS):
             norm[b] = MIN_NORM if norm[b] < MIN_NORM else norm[b]
             for j in range(b * QK_K, (b + 1) * QK_K):
@@ -97,7 +69,7 @@ def _quantize(x, matrices, edges, levels, bits, packed):
         _multiply(rows, m, turned)
         for i in range(SIZE):
             v[i] -= turned[i]
-        _norms(v, gamma)
+        norms_of_four(v.reshape(BLOCKS, QK_K), gamma)
         _multiply(projection, v, turned)
         for i in range(SIZE):
             codes[i] = ONE_CODE if turned[i] >= ZERO else ZERO_CODE
