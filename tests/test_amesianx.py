@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from conftest import vectors_path
 from scipy import integrate, stats
-from test_turbo import BACKENDS, backends, quantize_spec, same
+from test_turbo import (
+    BACKENDS,
+    backends,
+    check_kernels,
+    check_levels,
+    check_rotation,
+    quantize_spec,
+    same,
+)
 
 import tbq
 from tbq.families import amesianx, dense, pr21089, pr21089_first
@@ -82,44 +90,18 @@ def test_decoders_that_are_models(fmt, backend):
 @every
 @pytest.mark.parametrize("groups", [1, 2, 3, 7, 8, 9, 15, 16, 17, 33])
 def test_kernels_equal_specification(fmt, groups, rng):
-    """Whole and broken tiles, values at both ends, NaN, infinity, any bytes."""
-    codec, kernels = fmt.codec, fmt.codec.kernels
-    x = rng.standard_normal((groups, fmt.group_values)).astype(np.float32)
-    x *= rng.choice([1e-30, 1e-12, 1.0, 1e30], (groups, 1)).astype(np.float32)
-    x[rng.random(x.shape) < 0.002] = np.nan
-    x[rng.random(x.shape) < 0.002] = -np.inf
-    packed = quantize_spec(x, fmt)
-    assert np.array_equal(tbq.quantize(x, fmt), packed)
-    for written in (packed, rng.integers(0, 256, packed.shape, np.uint8)):
-        blocks = codec.blocks(written).reshape(-1)
-        y = np.empty_like(x)
-        kernels.dequantize(written, y)
-        assert same(y, codec.dequantize(blocks))
-        kernels.levels(written, y)
-        with np.errstate(all="ignore"):
-            assert same(y, codec.levels(blocks))
-    with np.errstate(all="ignore"):
-        for name in ("rotate", "unrotate"):
-            y = x.copy()
-            getattr(kernels, name)(y, packed)
-            assert same(y, getattr(codec, name)(x, None))
+    """Whole and broken tiles."""
+    check_kernels(fmt, groups, rng)
 
 
 @every
 def test_rotation_is_undone(fmt, rng):
-    x = rng.standard_normal((5, fmt.group_values)).astype(np.float32)
-    turned = fmt.codec.rotate(x, None)
-    assert np.abs(fmt.codec.unrotate(turned, None) - x).max() < 1e-4
-    assert np.allclose(np.linalg.norm(turned, axis=1), np.linalg.norm(x, axis=1), rtol=1e-5)
-    assert np.abs(turned - x).max() > 1
+    check_rotation(fmt.codec, rng)
 
 
 @every
 def test_levels_are_decoded_values_before_they_are_rotated_back(fmt, rng):
-    x = rng.standard_normal((3, fmt.group_values)).astype(np.float32)
-    blocks = fmt.codec.blocks(quantize_spec(x, fmt)).reshape(-1)
-    back = fmt.codec.unrotate(fmt.codec.levels(blocks), blocks)
-    assert np.allclose(back, fmt.codec.dequantize(blocks), atol=1e-4)
+    check_levels(fmt, rng)
 
 
 # --- what the formats have to do with each other -------------------------------------------------
