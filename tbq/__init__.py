@@ -22,6 +22,8 @@ from tbq.registry import dialects, formats, get_format
 from tbq.repacking import counterpart, repack, repackable
 from tbq.rotations import Rotation, rotation
 
+__version__ = "0.2.0"
+
 __all__ = [
     "AmbiguousTypeError",
     "BackendError",

@@ -17,6 +17,8 @@ from tbq.registry import get_format
 MIN_CHUNK_VALUES, CHUNK_VALUES = 1 << 13, 1 << 17
 SEARCH_VALUES = 1 << 12  # a search takes microseconds for each; a signal is answered between calls
 CHUNKS_PER_THREAD = 8
+# What arrays hold; made once, as a call for one row is short.
+UINT8, FLOAT32 = np.dtype(np.uint8), np.dtype(np.float32)
 
 
 def quantize(
@@ -67,7 +69,7 @@ def quantize(
         raise InputError("first_block", str(first_block), need)
     if first_block < 0:
         raise InputError("first_block", str(first_block), "a non-negative block index")
-    out = _output(out, packed_shape, np.dtype(np.uint8))
+    out = _output(out, packed_shape, UINT8)
     rows, packed = x.reshape(-1, x.shape[-1]), out.reshape(-1, packed_shape[-1])
     kernel = fmt.kernels().quantize
 
@@ -119,7 +121,7 @@ def dequantize(
     fmt = get_format(fmt).at(head_dim=head_dim, side=side)
     packed = checked_packed(packed)
     shape = (*packed.shape[:-1], fmt.row_values(packed.shape[-1]))
-    out = _output(out, shape, np.dtype(np.float32))
+    out = _output(out, shape, FLOAT32)
     rows, y = packed.reshape(-1, packed.shape[-1]), out.reshape(-1, shape[-1])
     mean = _checked_mean(mean, fmt, shape[-1])
     if mean is not None and not original and fmt.codec.gives != fmt.codec.takes:
@@ -202,7 +204,7 @@ def quantize_paired(
     """
     fmt, lender = _pair(fmt)
     x = checked_floating(x)
-    out = _output(out, (*x.shape[:-1], fmt.row_bytes(x.shape[-1])), np.dtype(np.uint8))
+    out = _output(out, (*x.shape[:-1], fmt.row_bytes(x.shape[-1])), UINT8)
     siblings = sibling_blocks(sibling, lender, x.shape)
     kernel, _ = _paired_kernels(fmt)
     rows, packed = x.reshape(-1, x.shape[-1]), out.reshape(-1, out.shape[-1])
@@ -236,7 +238,7 @@ def dequantize_paired(
     fmt, lender = _pair(fmt)
     packed = checked_packed(packed)
     shape = (*packed.shape[:-1], fmt.row_values(packed.shape[-1]))
-    out = _output(out, shape, np.dtype(np.float32))
+    out = _output(out, shape, FLOAT32)
     siblings = sibling_blocks(sibling, lender, shape)
     _, kernel = _paired_kernels(fmt)
     rows, y = packed.reshape(-1, packed.shape[-1]), out.reshape(-1, shape[-1])
@@ -338,10 +340,13 @@ def _for_row_chunks(
     work, n_rows: int, row_values: int, threads: int | None, most: int = CHUNK_VALUES
 ) -> None:
     """Call work(start, stop) over chunks of rows that cover range(n_rows), on a thread pool."""
+    if threads is not None and threads < 1:
+        raise InputError("threads", str(threads), "at least 1")
+    if n_rows and n_rows * row_values <= min(MIN_CHUNK_VALUES, most):
+        work(0, n_rows)  # a token's rows: looking for cores would take longer
+        return
     if threads is None:
         threads = available_cores()
-    if threads < 1:
-        raise InputError("threads", str(threads), "at least 1")
     share = n_rows * row_values // (threads * CHUNKS_PER_THREAD)
     step = max(1, min(max(share, MIN_CHUNK_VALUES), most) // row_values)
     starts = range(0, n_rows, step)

@@ -30,6 +30,7 @@ class Layout:
         dtype: the block as a NumPy structured dtype.
         scales: float16 or float32 fields that levels are multiplied by; no encoder writes a
             negative one unless the codec has `signed_scales`.
+        small_scales: uint8 fields with scales that are floats of eight bits or exponents.
         codes: fields of packed codes, residual signs among them.
         signs: field of sign bits that the decoder multiplies in before or after its transform.
         state: field with the state that a trellis starts from.
@@ -46,6 +47,7 @@ class Layout:
     dtype: np.dtype
     scales: tuple[str, ...] = ("d",)
     codes: tuple[str, ...] = ("qs",)
+    small_scales: tuple[str, ...] = ()
     signs: str | None = None
     state: str | None = None
     floats: tuple[str, ...] = ()
@@ -60,6 +62,7 @@ class Layout:
     def roles(self) -> dict[str, str]:
         """The role of each field, by name."""
         roles = dict.fromkeys(self.scales, "scale") | dict.fromkeys(self.codes, "codes")
+        roles |= dict.fromkeys(self.small_scales, "scale")
         roles |= dict.fromkeys(self.floats, "floats") | dict.fromkeys(self.padding, "padding")
         roles |= dict.fromkeys(self.opaque, "opaque") | dict.fromkeys(self.derived, "derived")
         roles |= {
@@ -152,6 +155,8 @@ class Codec:
         slow: whether the specification of the encoder takes a good part of a second per block.
         signed_scales: whether scales can be negative.
         borrows: whether blocks hold scales only, for the codes of a sibling row.
+        spare_codes: codes that decoders know and the encoder never writes.
+        sub_scales: kinds of codes that are scales of parts of a block, of which few may occur.
         corruption: what is wrong with a block that `dequantize` of the kernels reports.
     """
 
@@ -166,6 +171,8 @@ class Codec:
     slow: ClassVar[bool] = False
     signed_scales: ClassVar[bool] = False
     borrows: ClassVar[bool] = False
+    spare_codes: ClassVar[frozenset[int]] = frozenset()
+    sub_scales: ClassVar[tuple[str, ...]] = ()
     corruption: ClassVar[str] = "an outlier lies outside the block"
 
     # --- the specification -----------------------------------------------------------------------

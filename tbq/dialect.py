@@ -42,11 +42,13 @@ class GraphRotation:
     Attributes:
         keys, values: for types that take original values.
         rotated_values: for V types whose codec takes rotated values.
+        optional: whether it is done only if the program is told to.
     """
 
     keys: str | None = None
     values: str | None = None
     rotated_values: str | None = None
+    optional: bool = False
 
     def kind(self, side: str, formats) -> str | None:
         """Return the rotation of the K or V of a cache that holds these types."""

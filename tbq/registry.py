@@ -206,6 +206,23 @@ def meaning(type_id: int, dialect: str | None, release: str | None = None) -> Fo
     return ours if type_id <= releases[0].upstream else None
 
 
+def undisputed(type_id: int) -> Format | None:
+    """Return what a type id means if it means the same everywhere; else None.
+
+    Other writers of ggml's own types do not count: nothing tells their rows apart.
+    """
+    known = meaning(type_id, None)
+    found = [f for name, _, f in meanings(type_id) if get_dialect(name).backend_of != GGML]
+    return known if all(fmt is known for fmt in found) else None
+
+
+def writers(fmt: Format) -> list[Format]:
+    """Return all formats that write one of ggml's own types, each by other arithmetic."""
+    own = (d for d in _registered().values() if GGML in (d.name, d.backend_of))
+    found = [other for dialect in own for other in dialect.formats if other.name == fmt.name]
+    return found if fmt in found else [fmt]
+
+
 def type_id(fmt: Format, dialect: str | None = None, release: str | None = None) -> int:
     """Return the ggml type id that a release of a dialect gives a format.
 

@@ -11,7 +11,17 @@ from scipy.linalg import hadamard
 
 import tbq
 from tbq.rotations import KINDS
-from tbq.vectors import BUGS, EXACT, OPERATIONS, ROUNDING, WRONG, cases, compare, diagnose
+from tbq.vectors import (
+    BUGS,
+    EXACT,
+    GRAPH_OPERATIONS,
+    OPERATIONS,
+    ROUNDING,
+    WRONG,
+    cases,
+    compare,
+    diagnose,
+)
 
 # Every bug is tried in one format of each kind; of others, that what is right is called so.
 
@@ -42,6 +52,8 @@ def named(found, outputs):
     for bug, mine in outputs.items():
         comparisons = [compare(c, x) for c, x in zip(found, mine, strict=True)]
         invisible = bug in WITHIN_ROUNDING
+        if bug == "float16 intermediate" and same_outputs(mine, [c.expected for c in found]):
+            continue  # few levels under a float16: so is what is decoded
         assert invisible or any(c.verdict == WRONG for c in comparisons), f"{bug} passes"
         diagnoses = diagnose(comparisons)
         first = diagnoses[0].bug if diagnoses else "nothing"
@@ -49,7 +61,7 @@ def named(found, outputs):
         yield bug, first, equal | (TABLES if bug == "as another release does it" else set())
 
 
-@pytest.mark.parametrize("op", [op for op in OPERATIONS if op != "rotation"])
+@pytest.mark.parametrize("op", [op for op in OPERATIONS if op not in GRAPH_OPERATIONS])
 def test_every_bug_is_named_first_and_right_is_never_wrong(fmt, op):
     found = list(cases([fmt], [op]))
     if not found:
@@ -169,5 +181,5 @@ def test_half_of_the_lanes_of_each_group_is_no_tail(key):
     diagnoses = {d.bug: d for d in diagnose(comparisons)}
     lanes = diagnoses["only some lanes written"]
     assert "lanes 0-15 of every 32" in lanes.detail
-    assert lanes.explained > 0.99
+    assert lanes.explained > 0.97
     assert "stale or unwritten tail" not in diagnoses

@@ -28,7 +28,7 @@ def test_no_data_without_manifest_or_format():
     # what a model of the text wrote, of formats that are only read: see test_read.py
     read = [vectors_path(fmt).with_suffix(".model.npz") for fmt in tbq.formats()]
     expected |= set(read) & set(paths)
-    assert {p for p in paths if p.suffix == ".npz"} == expected
+    assert {p for p in paths if p.suffix == ".npz" and VECTORS in p.parents} == expected
 
 
 PAIRED = VECTORS / "llama-tq" / "xktq2_1_paired.npz"
@@ -59,7 +59,16 @@ def test_quantize(fmt, backend):
     if backend == "specification" and fmt.codec.searches and not FULL:
         v = {name: array[2::14] if array.ndim else array for name, array in v.items()}
     packed = BACKENDS[backend][0](v["x"], fmt)
-    bad = np.flatnonzero((packed != v["packed"]).any(axis=1))
+    differs = packed != v["packed"]
+    if "undefined" in v:  # iq4_nl's codes of dead blocks are what C's stack held
+        size = np.nan_to_num(np.abs(v["x"].reshape(-1, fmt.block_values)), posinf=1)
+        dead = (size < 1e-15).all(axis=1)
+        assert fmt.key == "ggml:iq4_nl"
+        blocks = v["undefined"].reshape(len(dead), -1)
+        assert np.array_equal(blocks[:, 2:].all(axis=1), dead)
+        assert not blocks[:, :2].any()
+        differs &= ~v["undefined"]
+    bad = np.flatnonzero(differs.any(axis=1))
     assert not bad.size, report(fmt, v, packed, bad)
 
 
@@ -100,7 +109,7 @@ def test_dequantize(fmt, backend):
 def test_vectors_hold_the_special_cases(fmt):
     v = load(vectors_path(fmt))
     finite = np.isfinite(v["x"])
-    if "ggml-cuda" not in fmt.source:  # devices were given finite values only
+    if "ggml-cuda" not in fmt.source and "was not run" not in fmt.notes:  # finite values only
         assert np.isnan(v["x"]).any()
         assert np.isinf(v["x"]).any()
     assert (v["x"] == 0).all(axis=1).any()

@@ -1,6 +1,6 @@
 """ik_llama.cpp's own types for KV caches."""
 
-from tbq.dialect import Dialect, Release
+from tbq.dialect import Dialect, GraphRotation, Release
 from tbq.families.ik_llama import RowSteps, SixBits
 from tbq.format import Format
 
@@ -31,6 +31,8 @@ DIALECTS = (
         title="ikawrakow/ik_llama.cpp",
         # 8337e4cd3; it numbers types beyond bf16 its own way
         releases=(Release("2026-08", types={133: Q6_0, 151: Q8_KV}, upstream=30),),
+        # source: src/llama-model.h, common/common.cpp: -khad and -vhad
+        rotation=GraphRotation("hadamard", "hadamard", "hadamard", optional=True),
         functions=None,
     ),
 )

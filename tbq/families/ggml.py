@@ -1,13 +1,11 @@
 """ggml's own types, through gguf-py.
 
 What it is
-    The types that every fork inherits: floats and integers, q4_0 and its kin, K-quants, i-quants.
+    Those of the types that every fork inherits of which there is no codec here: floats and
+    integers, K-quants, i-quants but iq4_nl, q8_1.
 
 Block
-    Floats and integers are one value. q4_0, q4_1, q5_0, q5_1, q8_0 and iq4_nl are blocks of 32:
-    a float16 scale (and minimum), the fifth bits of the codes where there are some, then the codes,
-    the low nibbles for the first sixteen values and the high ones for the rest. The others are
-    described by their sizes only.
+    Floats and integers are one value. The others are described by their sizes only.
 
 Quantise, Dequantise
     What `gguf.quantize` and `gguf.dequantize` do. Types that gguf-py cannot produce or read raise
@@ -28,10 +26,6 @@ import numpy as np
 from tbq.codec import Codec, Layout
 from tbq.errors import BackendError
 
-QK = 32
-NIBBLES = ("q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl")
-WITH_MINIMUM = ("q4_1", "q5_1")
-WITH_FIFTH_BIT = ("q5_0", "q5_1")
 PLAIN = {
     "f32": "<f4",
     "f16": "<f2",
@@ -67,31 +61,11 @@ class ThroughGguf(Codec):
     @cached_property
     def layout(self) -> Layout:
         """The block's fields where they are known here, else one opaque run of bytes."""
-        name = self.name
-        if name in PLAIN:
-            return Layout(np.dtype([("x", PLAIN[name])]), scales=(), codes=(), opaque=("x",))
-        if name == "q8_0":
-            return Layout(np.dtype([("d", "<f2"), ("qs", "i1", QK)]))
-        if name in NIBBLES:
-            scales = ("d", "m") if name in WITH_MINIMUM else ("d",)
-            codes = ("qh", "qs") if name in WITH_FIFTH_BIT else ("qs",)
-            fields = [(scale, "<f2") for scale in scales]
-            fields += [("qh", "u1", 4)] if name in WITH_FIFTH_BIT else []
-            return Layout(np.dtype([*fields, ("qs", "u1", QK // 2)]), scales=scales, codes=codes)
+        if self.name in PLAIN:
+            block = np.dtype([("x", PLAIN[self.name])])
+            return Layout(block, scales=(), codes=(), opaque=("x",))
         block = np.dtype([("data", "u1", self.size)])
         return Layout(block, scales=(), codes=(), opaque=("data",))
-
-    def codes(self, blocks: np.ndarray) -> dict[str, tuple[np.ndarray, int]]:
-        """Return the codes of blocks (n,) where they are known; those of q8_0 count from -128."""
-        if self.name == "q8_0":
-            return {"codes": ((blocks["qs"].astype(np.int16) + 128).astype(np.uint8), 256)}
-        if self.name not in NIBBLES:
-            return {}
-        codes = np.concatenate([blocks["qs"] & 15, blocks["qs"] >> 4], axis=-1)
-        if self.name in WITH_FIFTH_BIT:
-            codes |= np.unpackbits(blocks["qh"], axis=-1, bitorder="little") << 4
-            return {"codes": (codes, 32)}
-        return {"codes": (codes, 16)}
 
     def quantize(self, x: np.ndarray, index: np.ndarray) -> np.ndarray:
         """Quantise float32 (n, block_values) to blocks (n,); BackendError if gguf-py cannot."""

@@ -50,10 +50,9 @@ from typing import ClassVar
 import numpy as np
 
 from tbq.codec import Codec, Layout, Stages
+from tbq.families.ggml_blocks import HALF_QK, QK, halves, joined, largest_of_lanes, signed_steps
 from tbq.numerics import fp16_bits
 
-QK = 32
-HALF_QK = QK // 2
 STEPS = np.float32(-32)
 OFFSET = np.float32(32.5)
 TOP = 63
@@ -87,29 +86,16 @@ class SixBits(Codec):
         """Quantise float32 (n, 32) to blocks (n,)."""
         blocks = np.zeros(len(x), self.layout.dtype)
         with np.errstate(all="ignore"):
-            s, a = self._scaled(x)
+            s, a = signed_steps(x, -STEPS)
             codes = np.fmin(np.fmax(a + OFFSET, np.float32(0)), np.float32(TOP)).astype(np.uint8)
             codes[~np.isfinite(a)] = 0
             d = self._scale(x, s, a, codes)
-        first, second = self._halves(codes)
+        first, second = halves(codes, self.apart)
         high = first >> 4 | (second >> 4) << 2
         blocks["d"] = fp16_bits(d).view(np.float16)
         blocks["qs"] = first & 15 | (second & 15) << 4
         blocks["qh"] = high[:, :8] | high[:, 8:] << 4
         return blocks
-
-    def _halves(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        if self.apart:
-            return codes[:, :HALF_QK], codes[:, HALF_QK:]
-        return codes[:, ::2], codes[:, 1::2]
-
-    def _scaled(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        size = np.where(np.isnan(x), np.float32(0), np.abs(x))
-        largest = size.argmax(axis=1)
-        m = np.where(size.any(axis=1), x[np.arange(len(x)), largest], np.float32(0))
-        s = m / STEPS
-        inverse = np.where(s != 0, np.float32(1) / s, np.float32(0))
-        return s, x * inverse[:, None]
 
     def _scale(self, x: np.ndarray, s: np.ndarray, a: np.ndarray, codes: np.ndarray) -> np.ndarray:
         """Return what is stored as d, before it is rounded."""
@@ -128,7 +114,7 @@ class SixBits(Codec):
     def stages(self, x: np.ndarray, index: np.ndarray, blocks: np.ndarray) -> Stages:
         """Return the largest magnitude, steps before they are cut, and d of float32 (n, 32)."""
         with np.errstate(all="ignore"):
-            s, a = self._scaled(x)
+            s, a = signed_steps(x, -STEPS)
             d = self._scale(x, s, a, self.codes(blocks)["codes"][0])
             return Stages(np.abs(s * STEPS), {"codes": a + OFFSET}, {"d": d})
 
@@ -142,19 +128,12 @@ class SixBits(Codec):
         """Return the codes of blocks (n,)."""
         low, high = blocks["qs"], np.concatenate([blocks["qh"] & 15, blocks["qh"] >> 4], axis=1)
         first, second = low & 15 | (high & 3) << 4, low >> 4 | (high >> 2) << 4
-        if self.apart:
-            return {"codes": (np.concatenate([first, second], axis=1), TOP + 1)}
-        return {"codes": (np.stack([first, second], axis=2).reshape(-1, QK), TOP + 1)}
+        return {"codes": (joined(first, second, self.apart), TOP + 1)}
 
     def mutants(self) -> Iterator[tuple[str, str, Codec]]:
         """Kernels that leave the scale as it is, or pair neighbours."""
         yield "scale not refined", "", replace(self, refined=False)
         yield "codes paired as neighbours", "", replace(self, apart=False)
-
-
-def _later(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """Return the larger of two, q if one is NaN."""
-    return np.where(p > q, p, q)
 
 
 @dataclass(frozen=True)
@@ -194,7 +173,7 @@ class RowSteps(Codec):
     def _quantized(self, x: np.ndarray) -> np.ndarray:
         """Return the blocks (rows, n / 32) of float32 (rows, n)."""
         with np.errstate(all="ignore"):
-            m = self._largest(np.abs(x))
+            m = largest_of_lanes(np.abs(x))
             d = m / np.float32(127)
             steps = self._rounded(self._steps(x, d[:, None]))
             fits = (steps >= -(2.0**31)) & (steps < 2.0**31)
@@ -214,15 +193,6 @@ class RowSteps(Codec):
         if self.to_even:
             return np.rint(steps)
         return np.trunc(steps + np.copysign(np.float32(0.5), steps))
-
-    @staticmethod
-    def _largest(size: np.ndarray) -> np.ndarray:
-        lanes = np.zeros((len(size), 8), np.float32)
-        for start in range(0, size.shape[1], 8):
-            lanes = _later(lanes, size[:, start : start + 8])
-        four = _later(lanes[:, 4:], lanes[:, :4])
-        two = _later(four[:, :2], four[:, 2:])
-        return _later(two[:, 0], two[:, 1])
 
     def stages(self, x: np.ndarray, index: np.ndarray, blocks: np.ndarray) -> Stages:
         """Return d of the blocks' rows, as the norm too, and steps before they are rounded."""

@@ -1,8 +1,8 @@
 """Numba kernels of `tbq.families.amesianx`.
 
-Encoders have sixteen groups side by side, value j of lane k at [16 j + k] of a flat array, so that
-every operation is a vector; lanes never mix, and within a lane every sum and butterfly happens in
-the order of the C code. Decoders transform rows in place, where no sum has an order to keep.
+Sixteen groups stand side by side, value j of lane k at [16 j + k] of a flat array, so that every
+operation is a vector; lanes never mix, and within a lane every sum and butterfly happens in the
+order of the C code.
 
 A sign, and a division by a power of two, commute with a factor next to them without rounding, so
 they are one factor here.
@@ -40,18 +40,19 @@ from tbq.families.amesianx import (
 )
 from tbq.kernels.bitpack import pack
 from tbq.kernels.compile import jit
+from tbq.kernels.mirrored import choose_levels, upper_levels
 from tbq.kernels.numerics import load_fp16, store_fp16
-from tbq.kernels.rotated import STREAMS, halves, pair_table
+from tbq.kernels.rotated import halves
 
 LANES = 16
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
 ZERO_CODE, ONE_CODE = np.int32(0), np.int32(1)
 NONE, DIRECT, PROJECTED = range(3)
-SIGN_PAIRS = np.array([-1, -1, 1, -1, -1, 1, 1, 1], np.float32)
+SIGN_LEVEL = upper_levels(np.array([-1, 1], np.float32))
 WIDTH = 64  # values of a chunk of lanes
 CHUNK = WIDTH * LANES
 TILE = 8 * LANES
-ROW_TILE = 512  # values of groups that are decoded at a time
+PER_BLOCK = 32  # words of eight codes of the blocks of a group of two
 
 
 class Plan(NamedTuple):
@@ -92,7 +93,7 @@ class Reverse(NamedTuple):
     Attributes:
         residual: NONE, DIRECT or PROJECTED.
         bits: of a code.
-        pairs, sign_pairs: what each pair of codes, and of signs, stands for, flat.
+        upper: what the upper half of the codes stand for, see `tbq.kernels.mirrored`.
         twice: whether there are two transforms.
         before, between: signs of values, and those between the transforms.
         after: the first over what the transforms multiply values by.
@@ -101,13 +102,12 @@ class Reverse(NamedTuple):
         unit: what makes the transform orthogonal.
         block_bytes: bytes of a block.
 
-    Factors are float32 (ROW_TILE,), repeated as often as groups go into that.
+    Factors are float32 (LANES * width,), each for all lanes.
     """
 
     residual: int
     bits: int
-    pairs: np.ndarray
-    sign_pairs: np.ndarray
+    upper: tuple
     twice: bool
     before: np.ndarray
     between: np.ndarray
@@ -339,13 +339,13 @@ _write1, _write2, _write3, _write4 = (_writer(bits) for bits in (1, 2, 3, 4))
 def write_codes(codes, start, count, bits, size, at, words, packed):
     """Write codes (lanes) to groups [start, start + count), in blocks of up to 32 words."""
     if bits == 1:
-        _write1(codes, start, count, 32, size, at, words, packed)
+        _write1(codes, start, count, PER_BLOCK, size, at, words, packed)
     elif bits == 2:
-        _write2(codes, start, count, 32, size, at, words, packed)
+        _write2(codes, start, count, PER_BLOCK, size, at, words, packed)
     elif bits == 3:
-        _write3(codes, start, count, 32, size, at, words, packed)
+        _write3(codes, start, count, PER_BLOCK, size, at, words, packed)
     else:
-        _write4(codes, start, count, 32, size, at, words, packed)
+        _write4(codes, start, count, PER_BLOCK, size, at, words, packed)
 
 
 @jit
@@ -403,180 +403,169 @@ def _residual(v, plan, s, second):
 # --- decoder -------------------------------------------------------------------------------------
 
 
-def _reader(bits: int):
-    """Return the loop that sets a row to levels of packed codes times a factor."""
+@jit
+def _store(v, start, count, y):
+    """Write the first lanes of v to the first values of rows [start, start + count) of y."""
+    for lane in range(count):
+        for first in range(0, v.size // LANES, WIDTH):
+            row = y[start + lane, first : first + WIDTH]
+            own = v[first * LANES : (first + WIDTH) * LANES]
+            for j in range(WIDTH):
+                row[j] = own[j * LANES + lane]
+
+
+def _lane_reader(bits: int):
+    """Return the loop that sets lanes to the levels of codes that start at a byte of each block."""
+    choose = choose_levels[bits]
 
     @jit
-    def expand(data, pairs, factor, out):
-        mask = (1 << (2 * bits)) - 1
-        for g in range(out.size // 8):
-            word = np.uint32(0)
-            for k in range(bits):
-                word |= np.uint32(data[bits * g + k]) << np.uint32(8 * k)
-            own = out[8 * g : 8 * g + 8]
-            for i in range(4):
-                pair = 2 * ((word >> np.uint32(2 * bits * i)) & np.uint32(mask))
-                own[2 * i], own[2 * i + 1] = pairs[pair] * factor, pairs[pair + 1] * factor
+    def read(packed, start, count, block_bytes, at, upper, words, v):
+        n = v.size // (8 * LANES)
+        for lane in range(count):
+            row = packed[start + lane]
+            for first in range(0, n, PER_BLOCK):
+                place = first // PER_BLOCK * block_bytes + at
+                for g in range(first, min(first + PER_BLOCK, n)):
+                    word = ZERO_CODE
+                    for k in range(bits):
+                        word |= np.int32(row[place + k]) << np.int32(8 * k)
+                    words[g * LANES + lane] = word
+                    place += bits
+        choose(words[: n * LANES], upper, v)
 
-    return expand
+    return read
 
 
-_read1, _read2, _read3, _read4 = (_reader(bits) for bits in (1, 2, 3, 4))
+_lanes1, _lanes2, _lanes3, _lanes4 = (_lane_reader(bits) for bits in (1, 2, 3, 4))
 
 
 @jit
-def read_codes(data, bits, pairs, factor, out):
-    """Set out to the levels of codes times a factor; pairs has those of two codes each."""
-    if bits == 1:
-        _read1(data, pairs, factor, out)
-    elif bits == 2:
-        _read2(data, pairs, factor, out)
-    elif bits == 3:
-        _read3(data, pairs, factor, out)
+def _read_lanes(packed, start, count, plan, words, v):
+    """Set the first lanes of v to the levels of groups [start, start + count)."""
+    at = 2 if plan.residual == NONE else 4
+    size, upper = plan.block_bytes, plan.upper
+    if plan.bits == 2:
+        _lanes2(packed, start, count, size, at, upper, words, v)
+    elif plan.bits == 3:
+        _lanes3(packed, start, count, size, at, upper, words, v)
     else:
-        _read4(data, pairs, factor, out)
+        _lanes4(packed, start, count, size, at, upper, words, v)
 
 
 @jit
-def _row_chunk(v):
-    """Do the butterflies of lengths 1 to 32 over 64 values."""
-    for i in range(0, WIDTH, 8):
-        p0, p1, p2, p3 = _hadamard4(v[i], v[i + 1], v[i + 2], v[i + 3])
-        q0, q1, q2, q3 = _hadamard4(v[i + 4], v[i + 5], v[i + 6], v[i + 7])
-        v[i], v[i + 1], v[i + 2], v[i + 3] = p0 + q0, p1 + q1, p2 + q2, p3 + q3
-        v[i + 4], v[i + 5], v[i + 6], v[i + 7] = p0 - q0, p1 - q1, p2 - q2, p3 - q3
-    for k in range(8):
-        p0, p1, p2, p3 = _hadamard4(v[k], v[k + 8], v[k + 16], v[k + 24])
-        q0, q1, q2, q3 = _hadamard4(v[k + 32], v[k + 40], v[k + 48], v[k + 56])
-        v[k], v[k + 8], v[k + 16], v[k + 24] = p0 + q0, p1 + q1, p2 + q2, p3 + q3
-        v[k + 32], v[k + 40], v[k + 48], v[k + 56] = p0 - q0, p1 - q1, p2 - q2, p3 - q3
-
-
-@jit
-def _row_join2(a, b):
-    for k in range(WIDTH):
-        a[k], b[k] = a[k] + b[k], a[k] - b[k]
-
-
-@jit
-def _row_join4(a, b, c, d):
-    for k in range(WIDTH):
-        a[k], b[k], c[k], d[k] = _hadamard4(a[k], b[k], c[k], d[k])
-
-
-@jit
-def _row_fwht(v, width):
-    """Transform runs of so many values of v: 64, 128, 256 or 512."""
-    n = WIDTH
-    for start in range(0, v.size, n):
-        _row_chunk(v[start : start + n])
-    if width == 128:
-        for start in range(0, v.size, 2 * n):
-            _row_join2(v[start : start + n], v[start + n : start + 2 * n])
-    if width >= 256:
-        for start in range(0, v.size, 4 * n):
-            half = start + 2 * n
-            a, b = v[start : start + n], v[start + n : half]
-            _row_join4(a, b, v[half : half + n], v[half + n : half + 2 * n])
-    if width == 512:
-        for start in range(0, v.size, 8 * n):
-            for near in range(start, start + 4 * n, n):
-                far = near + 4 * n
-                _row_join2(v[near : near + n], v[far : far + n])
-
-
-@jit
-def _multiply(v, factors):
-    """Multiply v by the first factors."""
-    for k in range(v.size):
-        v[k] *= factors[k]
-
-
-@jit
-def _unscaled(packed, plan, width, e, v):
-    """Set v to what groups, rows of packed, hold before it is transformed; e is scratch."""
-    parts, size = max(1, width // 256), plan.block_bytes
-    n = width // parts
-    first_code = 2 if plan.residual == NONE else 4
-    first_sign = first_code + n // 8 * plan.bits
-    for b in range(packed.shape[0]):
+def _unscaled(packed, start, count, plan, buffers, v):
+    """Set lanes v to what groups [start, start + count) hold before it is transformed."""
+    e, words, tile, factor = buffers
+    width, size = v.size // LANES, plan.block_bytes
+    parts = max(1, width // 256)
+    n = v.size // parts
+    _read_lanes(packed, start, count, plan, words, v)
+    for part in range(parts):
+        for lane in range(count):
+            factor[lane] = load_fp16(packed[start + lane], part * size)
+        _scale(v[part * n : (part + 1) * n], factor, tile)
+    if plan.residual == NONE:
+        return
+    at = 4 + min(width, 256) // 8 * plan.bits
+    _lanes1(packed, start, count, size, at, SIGN_LEVEL, words, e)
+    if plan.residual == DIRECT:
         for part in range(parts):
-            block = packed[b, part * size : (part + 1) * size]
-            at = b * width + part * n
-            d, codes = load_fp16(block, 0), block[first_code:first_sign]
-            read_codes(codes, plan.bits, plan.pairs, d, v[at : at + n])
-            if plan.residual != NONE:
-                factor = load_fp16(block, 2) if plan.residual == DIRECT else ONE
-                _read1(block[first_sign:], plan.sign_pairs, factor, e[at : at + n])
-    if plan.residual == PROJECTED:
-        _row_fwht(e[: v.size], width)
-        for b in range(packed.shape[0]):
-            share = (load_fp16(packed[b], 2) * plan.share) / np.float32(width)
-            own, more = v[b * width : (b + 1) * width], e[b * width : (b + 1) * width]
-            for k in range(width):
-                own[k] += (share * plan.projected[k]) * more[k]
-    elif plan.residual == DIRECT:
+            for lane in range(count):
+                factor[lane] = load_fp16(packed[start + lane], part * size + 2)
+            _scale(e[part * n : (part + 1) * n], factor, tile)
         for k in range(v.size):
             v[k] += e[k]
+        return
+    fwht(e)
+    for lane in range(count):
+        second = load_fp16(packed[start + lane], 2)
+        factor[lane] = (second * plan.share) / np.float32(width)
+    for j in range(0, TILE, LANES):
+        tile[j : j + LANES] = factor
+    for first in range(0, v.size, TILE):
+        own, more = v[first : first + TILE], e[first : first + TILE]
+        signs = plan.projected[first : first + TILE]
+        for k in range(TILE):
+            own[k] += (tile[k] * signs[k]) * more[k]
 
 
 @jit
-def _transform(v, width, plan, after):
-    """Transform runs of values of v, with the signs in between, and what comes after."""
-    _row_fwht(v, width)
+def _transform(v, plan, after):
+    """Transform lanes v, with the signs in between, and multiply them by what comes after."""
+    fwht(v)
     if plan.twice:
-        _multiply(v, plan.between)
-        _row_fwht(v, width)
-    _multiply(v, after)
+        _give_signs(v, plan.between)
+        fwht(v)
+    _give_signs(v, after)
 
 
 @jit
-def _dequantize(packed, width, stride, plan, y):
-    """Dequantise groups, rows of packed, to y; a group starts every stride values."""
-    e = np.empty(ROW_TILE, np.float32)
-    step = ROW_TILE // width if stride == width else 1
-    for b in range(0, packed.shape[0], step):
-        rows = packed[b : b + step]
-        v = y[b * stride : b * stride + len(rows) * width]
-        _unscaled(rows, plan, width, e, v)
-        _transform(v, width, plan, plan.after)
+def _buffers(size):
+    """Return scratch of `_unscaled` for lanes of so many values in all."""
+    words = np.zeros(size // 8, np.int32)
+    return (
+        np.empty(size, np.float32),
+        words,
+        np.empty(TILE, np.float32),
+        np.zeros(LANES, np.float32),
+    )
 
 
 @jit
-def _levels(packed, width, stride, plan, y):
-    """Set y to what groups, rows of packed, hold, as an orthogonal transform leaves it."""
-    e = np.empty(ROW_TILE, np.float32)
-    step = ROW_TILE // width if stride == width else 1
-    for b in range(0, packed.shape[0], step):
-        rows = packed[b : b + step]
-        v = y[b * stride : b * stride + len(rows) * width]
-        _unscaled(rows, plan, width, e, v)
-        for k in range(v.size):
+def _dequantize(packed, plan, y):
+    """Dequantise groups, rows of packed, to the first values of rows of y."""
+    size = plan.after.size
+    v, buffers = np.empty(size, np.float32), _buffers(size)
+    for start in range(0, packed.shape[0], LANES):
+        count = min(LANES, packed.shape[0] - start)
+        _unscaled(packed, start, count, plan, buffers, v)
+        _transform(v, plan, plan.after)
+        _store(v, start, count, y)
+
+
+@jit
+def _levels(packed, plan, y):
+    """Set rows of y to what groups, rows of packed, hold, as an orthogonal transform leaves it."""
+    size = plan.after.size
+    v, buffers = np.empty(size, np.float32), _buffers(size)
+    for start in range(0, packed.shape[0], LANES):
+        count = min(LANES, packed.shape[0] - start)
+        _unscaled(packed, start, count, plan, buffers, v)
+        for k in range(size):
             v[k] *= plan.unit
+        _store(v, start, count, y)
 
 
 @jit
-def _unrotate(x, width, stride, plan):
-    """Transform groups in x, which start every stride values, so that lengths remain."""
-    for start in range(0, x.size, stride):
-        v = x[start : start + width]
-        _transform(v, width, plan, plan.before)
-        for k in range(width):
+def _unrotate(x, plan):
+    """Transform the first values of rows of x, so that lengths remain."""
+    size = plan.after.size
+    v, ones = np.empty(size, np.float32), np.ones(size // LANES, np.float32)
+    for start in range(0, x.shape[0], LANES):
+        count = min(LANES, x.shape[0] - start)
+        load(x, start, count, ones, v)
+        _transform(v, plan, plan.before)
+        for k in range(size):
             v[k] *= plan.unit
+        _store(v, start, count, x)
 
 
 @jit
-def _rotate(x, width, stride, plan):
+def _rotate(x, plan):
     """Undo `_unrotate`."""
-    for start in range(0, x.size, stride):
-        v = x[start : start + width]
-        _multiply(v, plan.before)
-        _row_fwht(v, width)
+    size = plan.after.size
+    v, ones = np.empty(size, np.float32), np.ones(size // LANES, np.float32)
+    for start in range(0, x.shape[0], LANES):
+        count = min(LANES, x.shape[0] - start)
+        load(x, start, count, ones, v)
+        _give_signs(v, plan.before)
+        fwht(v)
         if plan.twice:
-            _multiply(v, plan.between)
-            _row_fwht(v, width)
-        for k in range(width):
+            _give_signs(v, plan.between)
+            fwht(v)
+        for k in range(size):
             v[k] *= plan.unit
+        _store(v, start, count, x)
 
 
 # --- rotary values and pairs ---------------------------------------------------------------------
@@ -703,18 +692,16 @@ def _plan(codec: HadamardCells) -> Plan:
 
 def _reverse(codec: HadamardCells) -> Reverse:
     transform, cells, residual = codec.transform, codec.cells, codec.residual
-    times = ROW_TILE // codec.group_values
-    before = np.tile(byte_signs(transform.signs[0]), times)
+    before = np.repeat(byte_signs(transform.signs[0]), LANES)
     return Reverse(
         residual=_kind(codec),
         bits=cells.bits,
-        pairs=pair_table(cells.levels, STREAMS[cells.bits]),
-        sign_pairs=SIGN_PAIRS,
+        upper=upper_levels(cells.levels),
         twice=len(transform.signs) > 1,
         before=before,
-        between=np.tile(byte_signs(transform.signs[-1]), times),
+        between=np.repeat(byte_signs(transform.signs[-1]), LANES),
         after=before / np.float32(transform.divisor),
-        projected=np.tile(_projected(codec), times),
+        projected=np.repeat(_projected(codec), LANES),
         share=np.float32(residual.share if residual else 0),
         unit=transform.scale,
         block_bytes=codec.block_bytes,
@@ -730,16 +717,16 @@ def _alone(codec: HadamardCells) -> RowKernels:
         _quantize(x.reshape(-1, width), plan, packed.reshape(-1, size))
 
     def dequantize(packed, y):
-        _dequantize(packed.reshape(-1, size), width, width, reverse, y.reshape(-1))
+        _dequantize(packed.reshape(-1, size), reverse, y.reshape(-1, width))
 
     def levels(packed, y):
-        _levels(packed.reshape(-1, size), width, width, reverse, y.reshape(-1))
+        _levels(packed.reshape(-1, size), reverse, y.reshape(-1, width))
 
     def rotate(x, blocks):
-        _rotate(x.reshape(-1), width, width, reverse)
+        _rotate(x.reshape(-1, width), reverse)
 
     def unrotate(x, blocks):
-        _unrotate(x.reshape(-1), width, width, reverse)
+        _unrotate(x.reshape(-1, width), reverse)
 
     return RowKernels(quantize, dequantize, levels, rotate, unrotate)
 
@@ -759,19 +746,19 @@ def _latent(codec: LatentAndRope) -> RowKernels:
 
     def dequantize(packed, y):
         blocks = packed.reshape(-1, size)
-        _dequantize(blocks, width, n, reverse, y.reshape(-1))
+        _dequantize(blocks, reverse, y.reshape(-1, n))
         _load_rope(blocks, at, y.reshape(-1, n), width)
 
     def levels(packed, y):
         blocks = packed.reshape(-1, size)
-        _levels(blocks, width, n, reverse, y.reshape(-1))
+        _levels(blocks, reverse, y.reshape(-1, n))
         _load_rope(blocks, at, y.reshape(-1, n), width)
 
     def rotate(x, blocks):
-        _rotate(x.reshape(-1), width, n, reverse)
+        _rotate(x.reshape(-1, n), reverse)
 
     def unrotate(x, blocks):
-        _unrotate(x.reshape(-1), width, n, reverse)
+        _unrotate(x.reshape(-1, n), reverse)
 
     return RowKernels(quantize, dequantize, levels, rotate, unrotate)
 
@@ -825,9 +812,9 @@ def _pairs(codec: PolarPairs) -> RowKernels:
         _quantize_pairs(rows, first, x.shape[-1] // width, frequency, edges, polar, blocks)
 
     def dequantize(packed, y):
-        _dequantize(packed.reshape(-1, size), width, width, reverse, y.reshape(-1))
+        _dequantize(packed.reshape(-1, size), reverse, y.reshape(-1, width))
 
     def levels(packed, y):
-        _levels(packed.reshape(-1, size), width, width, reverse, y.reshape(-1))
+        _levels(packed.reshape(-1, size), reverse, y.reshape(-1, width))
 
     return RowKernels(quantize, dequantize, levels, alone.rotate, alone.unrotate)

@@ -3,33 +3,105 @@
 from __future__ import annotations
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 from tbq.kernels.compile import jit
 
 ZERO = np.float32(0.0)
+TOGETHER = 4  # vectors that share what is loaded of a matrix
+WIDTH, HEIGHT = 8, 2  # values of a register, and registers of outputs per vector
+OUTPUTS = WIDTH * HEIGHT
+UNROLLED = 4
+
+
+def tiles(matrix: np.ndarray) -> np.ndarray:
+    """Return a matrix (n, n) as multipliers take it: columns, sixteen outputs of all together."""
+    n = len(matrix)
+    return np.ascontiguousarray(matrix.reshape(n // OUTPUTS, OUTPUTS, n).transpose(0, 2, 1))
+
+
+def _tile(n: int):
+    """Return an intrinsic that multiplies four vectors of n values for sixteen outputs of each.
+
+    Sums stay in registers from the first product to the last, which no loop in Python gets the
+    compiler to do. Products and sums are instructions of their own without flags, so nothing is
+    contracted or reordered; a lane is an output.
+    """
+
+    @intrinsic
+    def tile(context, matrix, x, y):
+        signature = types.void(types.intp, types.intp, types.intp)
+
+        def generate(context, builder, signature, arguments):
+            _multiply_tile(builder, n, *arguments)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return tile
+
+
+def _multiply_tile(b: ir.IRBuilder, n: int, *addresses: ir.Value) -> None:
+    value, i32, i64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+    vector = ir.VectorType(value, WIDTH)
+    matrix, x, y = (b.inttoptr(address, value.as_pointer()) for address in addresses)
+    before, loop = b.block, b.append_basic_block("inputs")
+    after = b.append_basic_block("done")
+    b.branch(loop)
+    b.position_at_end(loop)
+    j = b.phi(i64)
+    j.add_incoming(i64(0), before)
+    zero = ir.Constant(vector, [0.0] * WIDTH)
+    sums = [[b.phi(vector) for _ in range(HEIGHT)] for _ in range(TOGETHER)]
+    for phi in (phi for row in sums for phi in row):
+        phi.add_incoming(zero, before)
+
+    def register(pointer: ir.Value, at: ir.Value) -> ir.Value:
+        return b.bitcast(b.gep(pointer, [at]), vector.as_pointer())
+
+    current = [list(row) for row in sums]
+    for step in range(UNROLLED):
+        at = b.add(j, i64(step))
+        row = b.mul(at, i64(OUTPUTS))
+        columns = []
+        for k in range(HEIGHT):
+            columns.append(b.load(register(matrix, b.add(row, i64(WIDTH * k)))))
+            columns[-1].align = 4
+        for k in range(TOGETHER):
+            one = b.load(b.gep(x, [b.add(at, i64(n * k))]))
+            single = b.insert_element(ir.Constant(vector, ir.Undefined), one, i32(0))
+            same = ir.Constant(ir.VectorType(i32, WIDTH), [0] * WIDTH)
+            spread = b.shuffle_vector(single, ir.Constant(vector, ir.Undefined), same)
+            for m, column in enumerate(columns):
+                current[k][m] = b.fadd(current[k][m], b.fmul(column, spread))
+    following = b.add(j, i64(UNROLLED))
+    j.add_incoming(following, loop)
+    for k in range(TOGETHER):
+        for m in range(HEIGHT):
+            sums[k][m].add_incoming(current[k][m], loop)
+    b.cbranch(b.icmp_signed("<", following, i64(n)), loop, after)
+    b.position_at_end(after)
+    for k in range(TOGETHER):
+        for m in range(HEIGHT):
+            b.store(current[k][m], register(y, i64(n * k + WIDTH * m))).align = 4
 
 
 def multiplier(n: int):
-    """Return a kernel that multiplies four vectors of n values; constant bounds make it fast."""
-    size, h1, h2, h3 = 4 * n, n, 2 * n, 3 * n  # where the second, third and fourth vector start
+    """Return a kernel that multiplies four vectors of n values; n is a multiple of sixteen."""
+    tile = _tile(n)
+    step, part = 4 * n * OUTPUTS, 4 * OUTPUTS  # bytes of a tile, and of its outputs
 
     @jit
-    def multiply(columns, x, y):
-        """Set each vector of y (4 * n,) to the sum over j, ascending, of columns[j] * x_j."""
-        for i in range(size):
-            y[i] = ZERO
-        for j in range(0, n, 4):
-            a0, a1, a2, a3 = x[j], x[j + 1], x[j + 2], x[j + 3]
-            b0, b1, b2, b3 = x[h1 + j], x[h1 + j + 1], x[h1 + j + 2], x[h1 + j + 3]
-            c0, c1, c2, c3 = x[h2 + j], x[h2 + j + 1], x[h2 + j + 2], x[h2 + j + 3]
-            d0, d1, d2, d3 = x[h3 + j], x[h3 + j + 1], x[h3 + j + 2], x[h3 + j + 3]
-            for i in range(n):
-                q0, q1 = columns[j, i], columns[j + 1, i]
-                q2, q3 = columns[j + 2, i], columns[j + 3, i]
-                y[i] = (((y[i] + q0 * a0) + q1 * a1) + q2 * a2) + q3 * a3
-                y[h1 + i] = (((y[h1 + i] + q0 * b0) + q1 * b1) + q2 * b2) + q3 * b3
-                y[h2 + i] = (((y[h2 + i] + q0 * c0) + q1 * c1) + q2 * c2) + q3 * c3
-                y[h3 + i] = (((y[h3 + i] + q0 * d0) + q1 * d1) + q2 * d2) + q3 * d3
+    def multiply(matrix, x, y):
+        """Set each vector of y (4 * n,) to the sum over j, ascending, of column j times x_j.
+
+        matrix is what `tiles` returns; x (4 * n,) float32, both contiguous.
+        """
+        m, a, b = matrix.ctypes.data, x.ctypes.data, y.ctypes.data
+        for t in range(n // OUTPUTS):
+            tile(m + t * step, a, b + t * part)
 
     return multiply
 

@@ -7,6 +7,7 @@ import numpy as np
 from tbq.codec import RowKernels
 from tbq.families.ik_llama import HALF_QK, OFFSET, QK, STEPS, TOP, RowSteps, SixBits
 from tbq.kernels.compile import jit
+from tbq.kernels.ggml_blocks import largest_of_row
 from tbq.kernels.lanes import LANES, ONE, ZERO, load
 from tbq.kernels.numerics import load_fp16, store_fp16
 
@@ -76,7 +77,7 @@ def _quantize(x, packed):
     up, down = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     for start in range(0, x.shape[0], LANES):
         count = min(LANES, x.shape[0] - start)
-        load(x, start, count, v)
+        load(x, start, count, v.reshape(QK * LANES))
         _largest(v, scale)
         for lane in range(LANES):
             scale[lane] /= STEPS
@@ -111,25 +112,6 @@ def _dequantize(packed, y):
 
 
 @jit
-def _later(p, q):
-    """Return the larger of two, q if one is NaN."""
-    return p if p > q else q
-
-
-@jit
-def _largest_of_row(row, lanes):
-    """Return the largest magnitude of a row; lanes (8,) is scratch."""
-    lanes[:] = ZERO
-    for start in range(0, row.size, 8):
-        own = row[start : start + 8]
-        for k in range(8):
-            lanes[k] = _later(lanes[k], abs(own[k]))
-    for k in range(4):
-        lanes[k] = _later(lanes[k + 4], lanes[k])
-    return _later(_later(lanes[0], lanes[2]), _later(lanes[1], lanes[3]))
-
-
-@jit
 def _store32(word, out, at):
     for k in range(4):
         out[at + k] = np.uint8((np.uint32(word) >> np.uint32(8 * k)) & np.uint32(255))
@@ -141,7 +123,7 @@ def _quantize_rows(x, packed):
     lanes, scale = np.empty(8, np.float32), np.empty(1, np.float32)
     for b in range(x.shape[0]):
         row, out = x[b], packed[b]
-        largest = _largest_of_row(row, lanes)
+        largest = largest_of_row(row, lanes)
         if largest == ZERO:
             out[:] = 0
             continue

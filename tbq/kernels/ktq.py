@@ -19,22 +19,30 @@ from tbq.kernels.compile import jit
 from tbq.kernels.lanes import (
     LANES,
     ONE,
+    SIZE,
+    WORDS,
     ZERO,
-    expand,
+    count_above,
     fwht,
+    give_signs,
     load,
     load_codes,
     load_word,
+    multiply,
     norms,
+    store,
     store_codes,
     store_word,
 )
 from tbq.kernels.lanes import pack as pack_lanes
-from tbq.kernels.nearest import count_thresholds
+from tbq.kernels.mirrored import choose, upper_levels
 from tbq.kernels.numerics import corrected_scale, load_fp16, store_fp16
+from tbq.kernels.rotated import halves
 from tbq.nearest import squared, thresholds
 
 WORD_STEP = np.float32(1.0 / 65536.0)
+INFINITY = np.float32(np.inf)
+I32 = np.int32
 
 
 @jit
@@ -58,42 +66,66 @@ def _philox6(counter, key):
 
 
 @jit
-def _choose_nearest(r, limits, codes):
+def _draw_uniform(seed, u):
+    """Set u, lanes, to the draws of sixteen blocks, from 0 up to 1, by their seeds (LANES,)."""
     for j in range(QK):
+        own = u[j * LANES : (j + 1) * LANES]
         for lane in range(LANES):
-            codes[j, lane] = count_thresholds(r[j, lane], limits)
+            word = _philox6(QK + j, seed[lane])
+            own[lane] = np.float32(np.int32(word & np.uint64(0xFFFF))) * WORD_STEP
 
 
 @jit
-def _draw(r, word, levels):
-    """Draw between the two nearest levels, as the CUDA encoder does."""
-    u = np.float32(word & np.uint64(0xFFFF)) * WORD_STEP
-    if levels.size == 2:
-        p1 = (r - levels[0]) / (levels[1] - levels[0])
+def _draw_of_two(v, u, levels, codes):
+    """Set codes to the upper level as often as lanes v are near it."""
+    low, high = levels[0], levels[1]
+    for k in range(SIZE):
+        p1 = (v[k] - low) / (high - low)
         p1 = min(max(p1, ZERO), ONE)
-        return np.int32(1) if u < p1 else np.int32(0)
-    b1 = b2 = np.float32(np.inf)
-    first = second = np.int32(0)
-    for c in range(levels.size):
-        distance = abs(r - levels[c])
-        if distance < b1:
-            b1, b2 = distance, b1
-            first, second = np.int32(c), first
-        elif distance < b2:
-            b2, second = distance, np.int32(c)
-    total = b1 + b2
-    return second if total > TINY and u >= b2 / total else first
+        codes[k] = I32(1) if u[k] < p1 else I32(0)
 
 
 @jit
-def _quantize(x, first, row_blocks, signs, levels, limits, stochastic, bits, packed):
+def _two_nearest(r, level, code, found):
+    """Return the two least distances and their codes, with one level more."""
+    b1, b2, first, second = found
+    distance = abs(r - level)
+    nearest, next_nearest = distance < b1, distance < b2
+    second = first if nearest else (code if next_nearest else second)
+    b2 = b1 if nearest else (distance if next_nearest else b2)
+    return distance if nearest else b1, b2, code if nearest else first, second
+
+
+@jit
+def _draw_of_many(v, u, levels, codes):
+    """Set codes to one of the two levels nearest to each of lanes v; levels are in two halves."""
+    low, high = levels
+    for k in range(SIZE):
+        r, code = v[k], I32(0)
+        found = (INFINITY, INFINITY, I32(0), I32(0))
+        for level in low:
+            found = _two_nearest(r, level, code, found)
+            code = I32(code + I32(1))
+        for level in high:
+            found = _two_nearest(r, level, code, found)
+            code = I32(code + I32(1))
+        b1, b2, first, second = found
+        total = b1 + b2
+        taken = second if u[k] >= b2 / total else first
+        codes[k] = taken if total > TINY else first
+
+
+@jit
+def _quantize(x, first, row_blocks, signs, cells, stochastic, bits, packed):
     """Quantise x (n, 32) to packed (n, block_bytes); block b has index first + b % row_blocks."""
-    n = x.shape[0]
-    v = np.empty((QK, LANES), np.float32)
-    codes = np.empty((QK, LANES), np.int32)
-    words = np.empty((4, LANES), np.int32)
-    sign_word = np.zeros(LANES, np.int32)
-    seed = np.zeros(LANES, np.uint32)
+    levels, parts, limits, upper = cells
+    n, place = x.shape[0], 0
+    seeds = np.empty(min(row_blocks, n), np.uint32)  # they repeat from row to row
+    for b in range(seeds.size):
+        seeds[b] = block_seed(first + b)
+    v, u = np.empty(SIZE, np.float32), np.empty(SIZE, np.float32)
+    codes, words = np.zeros(SIZE, np.int32), np.empty(WORDS, np.int32)
+    sign_word, seed = np.zeros(LANES, np.int32), np.zeros(LANES, np.uint32)
     norm, rn = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     inverse = np.empty(LANES, np.float32)
     for start in range(0, n, LANES):
@@ -101,24 +133,24 @@ def _quantize(x, first, row_blocks, signs, levels, limits, stochastic, bits, pac
         load(x, start, count, v)
         norms(v, norm)
         for lane in range(count):
-            seed[lane] = block_seed(first + (start + lane) % row_blocks)
+            seed[lane] = seeds[place]
             sign_word[lane] = signs[seed[lane]]
+            place = place + 1 if place + 1 < seeds.size else 0
         for lane in range(LANES):
             inverse[lane] = ONE / norm[lane]
-        for j in range(QK):
-            mask = np.int32(1 << j)
-            for lane in range(LANES):
-                signed = inverse[lane] if sign_word[lane] & mask else -inverse[lane]
-                v[j, lane] *= signed  # (x * inverse) * -1 has the same bits
+        multiply(v, inverse)
+        give_signs(v, sign_word)
         fwht(v, SCALE)
         if stochastic:
-            for j in range(QK):
-                for lane in range(count):
-                    codes[j, lane] = _draw(v[j, lane], _philox6(QK + j, seed[lane]), levels)
+            _draw_uniform(seed, u)
+            if bits == 1:
+                _draw_of_two(v, u, levels, codes)
+            else:
+                _draw_of_many(v, u, parts, codes)
         else:
-            _choose_nearest(v, limits, codes)
+            count_above(v, limits, codes)
         pack_lanes(codes, bits, words)
-        expand(words, bits, levels, v)
+        choose(words, bits, upper, v)
         fwht(v, SCALE)  # the signs do not matter to the norm
         norms(v, rn)
         for lane in range(count):
@@ -133,13 +165,19 @@ def _quantize(x, first, row_blocks, signs, levels, limits, stochastic, bits, pac
 
 
 @jit
-def _dequantize(packed, levels, flip, bits, y):
+def _clear_tiny(d, start, count, y):
+    """Set the blocks from start on whose scale d (LANES,) is tiny to zeros."""
+    for lane in range(count):
+        if d[lane] < TINY:
+            y[start + lane] = ZERO
+
+
+@jit
+def _dequantize(packed, upper, flip, bits, y):
     """Dequantise packed (n, block_bytes) to y (n, 32); flip is xored to the sign bits."""
     n = packed.shape[0]
-    v = np.empty((QK, LANES), np.float32)
-    words = np.zeros((4, LANES), np.int32)
-    sign_word = np.zeros(LANES, np.int32)
-    d = np.zeros(LANES, np.float32)
+    v, words = np.empty(SIZE, np.float32), np.zeros(WORDS, np.int32)
+    sign_word, d = np.zeros(LANES, np.int32), np.zeros(LANES, np.float32)
     for start in range(0, n, LANES):
         count = min(LANES, n - start)
         for lane in range(count):
@@ -147,18 +185,12 @@ def _dequantize(packed, levels, flip, bits, y):
             d[lane] = load_fp16(block, 0)
             load_codes(block, bits, words, lane)
             sign_word[lane] = load_word(block, 2 + 4 * bits) ^ flip
-        expand(words, bits, levels, v)
+        choose(words, bits, upper, v)
         fwht(v, SCALE)
-        for j in range(QK):
-            mask = np.int32(1 << j)
-            for lane in range(LANES):
-                v[j, lane] *= d[lane] if sign_word[lane] & mask else -d[lane]
-        for lane in range(count):
-            if d[lane] < TINY:
-                y[start + lane] = ZERO
-            else:
-                for j in range(QK):
-                    y[start + lane, j] = v[j, lane]
+        give_signs(v, sign_word)
+        multiply(v, d)
+        store(v, start, count, y)
+        _clear_tiny(d, start, count, y)
 
 
 @jit
@@ -175,34 +207,23 @@ def _levels(packed, levels, bits, y):
 @jit
 def _rotate(x, blocks, at, flip, before):
     """Transform x (n, 32) in place, the signs of blocks (n, bytes) coming before it or after."""
-    v = np.empty((QK, LANES), np.float32)
-    word = np.zeros(LANES, np.int32)
+    v, word = np.empty(SIZE, np.float32), np.zeros(LANES, np.int32)
     for start in range(0, x.shape[0], LANES):
         count = min(LANES, x.shape[0] - start)
         load(x, start, count, v)
         for lane in range(count):
             word[lane] = load_word(blocks[start + lane], at) ^ flip
         if before:
-            _give_signs(v, word)
+            give_signs(v, word)
         fwht(v, SCALE)
         if not before:
-            _give_signs(v, word)
-        for lane in range(count):
-            for j in range(QK):
-                x[start + lane, j] = v[j, lane]
-
-
-@jit
-def _give_signs(v, word):
-    for j in range(QK):
-        mask = np.int32(1 << j)
-        for lane in range(LANES):
-            v[j, lane] = v[j, lane] if word[lane] & mask else -v[j, lane]
+            give_signs(v, word)
+        store(v, start, count, x)
 
 
 @jit
 def _quantize_alone(x, packed):
-    v = np.empty((QK, LANES), np.float32)
+    v = np.empty(SIZE, np.float32)
     norm = np.empty(LANES, np.float32)
     for start in range(0, x.shape[0], LANES):
         count = min(LANES, x.shape[0] - start)
@@ -214,26 +235,26 @@ def _quantize_alone(x, packed):
 
 
 @jit
-def _expand_siblings(siblings, start, count, levels, bits, words, v):
-    """Set v (32, LANES) to the transform of the siblings' codes, unsigned and unscaled."""
+def _expand_siblings(siblings, start, count, upper, bits, words, v):
+    """Set lanes v to the transform of the siblings' codes, unsigned and unscaled."""
     words[:] = 0
     for lane in range(count):
         load_codes(siblings[start + lane], bits, words, lane)
-    expand(words, bits, levels, v)
+    choose(words, bits, upper, v)
     fwht(v, SCALE)
 
 
 @jit
-def _quantize_paired(x, siblings, levels, bits, packed):
+def _quantize_paired(x, siblings, upper, bits, packed):
     """Quantise x (n, 32) beside the lender's blocks to packed (n, block_bytes)."""
-    v = np.empty((QK, LANES), np.float32)
-    words = np.zeros((4, LANES), np.int32)
+    v = np.empty(SIZE, np.float32)
+    words = np.zeros(WORDS, np.int32)
     norm, rn = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     for start in range(0, x.shape[0], LANES):
         count = min(LANES, x.shape[0] - start)
         load(x, start, count, v)
         norms(v, norm)
-        _expand_siblings(siblings, start, count, levels, bits, words, v)
+        _expand_siblings(siblings, start, count, upper, bits, words, v)
         norms(v, rn)
         for lane in range(count):
             dead = norm[lane] < TINY
@@ -243,19 +264,20 @@ def _quantize_paired(x, siblings, levels, bits, packed):
 
 
 @jit
-def _dequantize_paired(packed, siblings, levels, bits, y):
+def _dequantize_paired(packed, siblings, upper, bits, y):
     """Dequantise packed (n, block_bytes) beside the lender's blocks to y (n, 32)."""
-    v = np.empty((QK, LANES), np.float32)
-    words = np.zeros((4, LANES), np.int32)
+    v, words = np.empty(SIZE, np.float32), np.zeros(WORDS, np.int32)
+    sign_word, d = np.zeros(LANES, np.int32), np.zeros(LANES, np.float32)
     for start in range(0, y.shape[0], LANES):
         count = min(LANES, y.shape[0] - start)
-        _expand_siblings(siblings, start, count, levels, bits, words, v)
+        _expand_siblings(siblings, start, count, upper, bits, words, v)
         for lane in range(count):
-            d = load_fp16(packed[start + lane], 0)
-            signs = load_word(siblings[start + lane], 2 + 4 * bits)
-            for j in range(QK):
-                signed = d if signs & np.int32(1 << j) else -d
-                y[start + lane, j] = ZERO if d < TINY else v[j, lane] * signed
+            d[lane] = load_fp16(packed[start + lane], 0)
+            sign_word[lane] = load_word(siblings[start + lane], 2 + 4 * bits)
+        give_signs(v, sign_word)
+        multiply(v, d)
+        store(v, start, count, y)
+        _clear_tiny(d, start, count, y)
 
 
 def kernels(codec: SignedBlocks | BorrowedCodes) -> RowKernels:
@@ -266,6 +288,7 @@ def kernels(codec: SignedBlocks | BorrowedCodes) -> RowKernels:
 def _signed(codec: SignedBlocks) -> RowKernels:
     bits, size = codec.bits, codec.block_bytes
     levels = CODEBOOKS[bits] * SCALE
+    upper = upper_levels(levels)
     limits = thresholds(levels, squared) if bits > 1 else np.zeros(1, np.float32)
     stochastic = codec.draw == "stochastic"
     flip = np.int32(0 if codec.plus_bit else -1)
@@ -273,11 +296,12 @@ def _signed(codec: SignedBlocks) -> RowKernels:
 
     def quantize(x, packed, first):
         row_blocks = x.shape[-1] // QK if codec.position == "row" else x.size + 1
-        args = (first, row_blocks, sign_words(), levels, tuple(limits), stochastic, bits)
+        cells = (levels, halves(levels), tuple(limits), upper)
+        args = (first, row_blocks, sign_words(), cells, stochastic, bits)
         _quantize(x.reshape(-1, QK), *args, packed.reshape(-1, size))
 
     def dequantize(packed, y):
-        _dequantize(packed.reshape(-1, size), levels, flip, bits, y.reshape(-1, QK))
+        _dequantize(packed.reshape(-1, size), upper, flip, bits, y.reshape(-1, QK))
 
     def scaled_levels(packed, y):
         _levels(packed.reshape(-1, size), levels, bits, y.reshape(-1, QK))
@@ -304,12 +328,12 @@ def _borrowed(codec: BorrowedCodes) -> RowKernels:
 def paired_kernels(codec: BorrowedCodes):
     """Return quantize(x, siblings, packed) and dequantize(packed, siblings, y) over blocks."""
     bits = codec.lender.bits
-    levels = CODEBOOKS[bits] * SCALE
+    upper = upper_levels(CODEBOOKS[bits] * SCALE)
 
     def quantize(x, siblings, packed):
-        _quantize_paired(x, siblings, levels, bits, packed)
+        _quantize_paired(x, siblings, upper, bits, packed)
 
     def dequantize(packed, siblings, y):
-        _dequantize_paired(packed, siblings, levels, bits, y)
+        _dequantize_paired(packed, siblings, upper, bits, y)
 
     return quantize, dequantize

@@ -11,8 +11,9 @@ from tbq.codec import RowKernels
 from tbq.families.planar import ROTATIONS, RotatedParts, inverse
 from tbq.kernels import rotated
 from tbq.kernels.compile import jit
-from tbq.kernels.numerics import load_fp16, store_fp16
-from tbq.kernels.rotated import GROUP, LANES, ONE, ORDERS, SIZE, SPLIT, STREAM4, WORDS, ZERO, Plan
+from tbq.kernels.mirrored import upper_levels
+from tbq.kernels.numerics import store_fp16
+from tbq.kernels.rotated import GROUP, LANES, ORDERS, SIZE, SPLIT, STREAM4, TILE, WORDS, ZERO, Plan
 from tbq.nearest import absolute, thresholds
 
 N = LANES
@@ -54,11 +55,12 @@ def _quantize(x, plan, rotations, kind, packed):
     v, s = np.empty(SIZE, np.float32), np.empty(SIZE, np.float32)
     codes, words = np.empty(SIZE, np.int32), np.empty(WORDS * LANES, np.int32)
     norm, scratch = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    tile = np.empty(TILE, np.float32)
     for start in range(0, x.shape[0], LANES):
         count = min(LANES, x.shape[0] - start)
         rotated.load(x, start, count, v)
         rotated.norms(v, plan.order, s, norm)
-        rotated.normalise(v, norm, plan, scratch)
+        rotated.normalise(v, norm, plan, scratch, tile)
         _turn(v, rotations)
         rotated.choose_lower(v, plan.edges, plan.squares, plan.first_square, codes, s)
         rotated.correct(norm, plan.order, s, scratch)
@@ -68,19 +70,14 @@ def _quantize(x, plan, rotations, kind, packed):
 
 
 @jit
-def _restore(packed, kind, places, pairs, rotations, y):
+def _restore(packed, kind, places, scales, upper, rotations, y):
     """Set y (n, 128) to the centroids, rotated, times norm."""
-    v = np.empty(SIZE, np.float32)
+    v, words = np.empty(SIZE, np.float32), np.zeros(WORDS * LANES, np.int32)
     for start in range(0, packed.shape[0], LANES):
         count = min(LANES, packed.shape[0] - start)
-        for b in range(start, start + count):  # as rows first: stores to lanes are far apart
-            rotated.expand(packed[b], kind, places, pairs, 0, WORDS, ONE, y[b])
-        rotated.load(y, start, count, v)
+        rotated.read(packed, start, count, kind, places, upper, words, v)
         _turn(v, rotations)
-        for lane in range(count):
-            norm, out = load_fp16(packed[start + lane], 0), y[start + lane]
-            for j in range(GROUP):
-                out[j] = v[j * LANES + lane] * norm
+        rotated.store_scaled(v, start, count, packed, scales, y)
 
 
 @jit
@@ -107,7 +104,7 @@ def _plan(codec: RotatedParts) -> Plan:
         "floor": ZERO,
         "corrected": True,
         "clears_nan": False,
-        "before": ones,
+        "before": rotated.in_lanes(ones),
         "after": ones,
         "upper": False,
         "scales": rotated.scale_places(codec),
@@ -126,6 +123,7 @@ def kernels(codec: RotatedParts) -> RowKernels:
     size, plan = codec.block_bytes, _plan(codec)
     kind = SPLIT if codec.cells.bits == 3 else STREAM4
     pairs = rotated.pair_table(codec.cells.levels, kind)
+    upper = upper_levels(codec.cells.levels)
     forward = np.ascontiguousarray(ROTATIONS[codec.kind])
     back = np.ascontiguousarray(inverse(forward))
 
@@ -134,7 +132,7 @@ def kernels(codec: RotatedParts) -> RowKernels:
 
     def dequantize(packed, y):
         blocks, values = packed.reshape(-1, size), y.reshape(-1, GROUP)
-        _restore(blocks, kind, plan.places, pairs, back, values)
+        _restore(blocks, kind, plan.places, plan.scales, upper, back, values)
 
     def levels(packed, y):
         blocks, values = packed.reshape(-1, size), y.reshape(-1, GROUP)

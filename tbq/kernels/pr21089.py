@@ -1,8 +1,8 @@
 """Numba kernels of `tbq.families.pr21089`.
 
 The rotation is where the time goes. Each output is a sum over 128 inputs in index order, so the
-lanes of a vector are outputs, never parts of one sum. Two blocks, four 128-value halves, share each
-loaded matrix element, and eight inputs are consumed per pass over the accumulators.
+lanes of a vector are outputs, never parts of one sum, see `tbq.kernels.dense`. Two blocks, four
+128-value halves, share each loaded matrix element.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tbq.families.pr21089 import (
 )
 from tbq.kernels.bitpack import pack, unpack
 from tbq.kernels.compile import jit
-from tbq.kernels.dense import multiplier, norms_of_four
+from tbq.kernels.dense import multiplier, norms_of_four, tiles
 from tbq.kernels.numerics import load_fp16, store_fp16
 
 PAIR = 2 * QK_K  # values of two blocks
@@ -42,7 +42,7 @@ def _norm(x):
 
 
 @jit
-def _quantize(x, columns, boundaries, bits, packed):
+def _quantize(x, forward, boundaries, bits, packed):
     """Quantise x float32 (n, 256) to uint8 (n, block_bytes); boundaries is a tuple of float32."""
     n = x.shape[0]
     norm = np.empty(4, np.float32)
@@ -63,7 +63,7 @@ def _quantize(x, columns, boundaries, bits, packed):
             unit[start + j] = x[b, j] / clamped
         store_fp16(clamped, packed[b], packed.shape[1] - 2)
         if b % 2 or b == n - 1:
-            rotate_pair(columns, unit, rotated)
+            rotate_pair(forward, unit, rotated)
             for block in range(b - b % 2, b + 1):
                 start = (block % 2) * QK_K
                 for i in range(QK_K):
@@ -76,7 +76,7 @@ def _quantize(x, columns, boundaries, bits, packed):
 
 
 @jit
-def _dequantize(packed, rows, levels, bits, y):
+def _dequantize(packed, back, levels, bits, y):
     """Dequantise uint8 (n, block_bytes) to y float32 (n, 256); levels is codebook * SCALE_DOWN."""
     n = packed.shape[0]
     r = np.zeros(PAIR, np.float32)
@@ -88,7 +88,7 @@ def _dequantize(packed, rows, levels, bits, y):
         for i in range(QK_K):
             r[start + i] = levels[codes[i]]
         if b % 2 or b == n - 1:
-            rotate_pair(rows, r, u)
+            rotate_pair(back, r, u)
             for block in range(b - b % 2, b + 1):
                 start = (block % 2) * QK_K
                 d = load_fp16(packed[block], packed.shape[1] - 2)
@@ -127,24 +127,24 @@ def _rotate(matrix, x):
 def kernels(codec: DenseRotated) -> RowKernels:
     """Return the kernels of tbq3_0 or tbq4_0."""
     bits, size = codec.bits, codec.block_bytes
-    columns = np.ascontiguousarray(qr_rotation().T)
+    forward, back = tiles(qr_rotation()), tiles(qr_rotation().T)
     boundaries = tuple(BOUNDARIES[bits])
     levels = CODEBOOKS[bits] * SCALE_DOWN
 
     def quantize(x, packed, first):
         blocks = packed.reshape(-1, size)
-        _quantize(x.reshape(-1, QK_K), columns, boundaries, bits, blocks)
+        _quantize(x.reshape(-1, QK_K), forward, boundaries, bits, blocks)
 
     def dequantize(packed, y):
-        _dequantize(packed.reshape(-1, size), qr_rotation(), levels, bits, y.reshape(-1, QK_K))
+        _dequantize(packed.reshape(-1, size), back, levels, bits, y.reshape(-1, QK_K))
 
     def scaled_levels(packed, y):
         _levels(packed.reshape(-1, size), levels, bits, y.reshape(-1, QK_K))
 
     def rotate(x, blocks):
-        _rotate(columns, x)
+        _rotate(forward, x)
 
     def unrotate(x, blocks):
-        _rotate(qr_rotation(), x)
+        _rotate(back, x)
 
     return RowKernels(quantize, dequantize, scaled_levels, rotate, unrotate)

@@ -20,7 +20,7 @@ from tbq.families.pr21089_first import (
 )
 from tbq.kernels.bitpack import pack, unpack
 from tbq.kernels.compile import jit
-from tbq.kernels.dense import multiplier, norms_of_four
+from tbq.kernels.dense import multiplier, norms_of_four, tiles
 from tbq.kernels.numerics import load_fp16, store_fp16
 
 BLOCKS = 4
@@ -46,8 +46,8 @@ def _choose(v, edges, levels, codes, m):
 
 @jit
 def _quantize(x, matrices, edges, levels, bits, packed):
-    """Quantise x (n, 256) to packed (n, bytes); matrices are Q by columns, Q, S by columns."""
-    columns, rows, projection = matrices
+    """Quantise x (n, 256) to packed (n, bytes); matrices are tiles of Q, its transpose, and S."""
+    forward, back, projection = matrices
     v, m = np.zeros(SIZE, np.float32), np.empty(SIZE, np.float32)
     turned = np.empty(SIZE, np.float32)
     codes = np.empty(SIZE, np.int32)
@@ -62,11 +62,11 @@ def _quantize(x, matrices, edges, levels, bits, packed):
             norm[b] = MIN_NORM if norm[b] < MIN_NORM else norm[b]
             for j in range(b * QK_K, (b + 1) * QK_K):
                 v[j] /= norm[b]
-        _multiply(columns, v, turned)
+        _multiply(forward, v, turned)
         _choose(turned, edges, levels, codes, m)
         for b in range(count):
             pack(codes[b * QK_K : (b + 1) * QK_K], bits, packed[start + b, :at])
-        _multiply(rows, m, turned)
+        _multiply(back, m, turned)
         for i in range(SIZE):
             v[i] -= turned[i]
         norms_of_four(v.reshape(BLOCKS, QK_K), gamma)
@@ -84,8 +84,8 @@ def _quantize(x, matrices, edges, levels, bits, packed):
 def _dequantize(packed, first, second, levels, bits, restores, y):
     """Set y (n, 256) to d times the sum of centroids and what the residual's signs add.
 
-    What restores multiplies centroids by Q and signs by S, first and second by rows; what does not
-    leaves the centroids, and multiplies the product with S, second, by Q, first by columns.
+    What restores multiplies centroids by the transpose of Q, first, and signs by that of S, second;
+    what does not leaves the centroids, and multiplies the latter product by Q, which is first then.
     """
     m, s = np.zeros(SIZE, np.float32), np.zeros(SIZE, np.float32)
     t, u = np.empty(SIZE, np.float32), np.empty(SIZE, np.float32)
@@ -134,26 +134,26 @@ def kernels(codec: DenseResidual) -> RowKernels:
     if codec.transposed or codec.corrected or codec.size != QK_K or not right:
         raise NotImplementedError("kernels do what the pull request does; others are mutants")
     bits, size = codec.cells.bits, codec.block_bytes
-    rows, s_rows = qr_rotation(QK_K), gaussian_matrix()
-    columns, s_columns = np.ascontiguousarray(rows.T), np.ascontiguousarray(s_rows.T)
+    q, s = qr_rotation(QK_K), gaussian_matrix()
+    forward, back, projection, spread = tiles(q), tiles(q.T), tiles(s), tiles(s.T)
     edges, table = tuple(codec.cells.edges), codec.cells.levels * SCALE_DOWN
 
     def quantize(x, packed, first):
-        matrices = (columns, rows, s_columns)
+        matrices = (forward, back, projection)
         _quantize(x.reshape(-1, QK_K), matrices, edges, table, bits, packed.reshape(-1, size))
 
     def dequantize(packed, y):
         blocks, values = packed.reshape(-1, size), y.reshape(-1, QK_K)
-        _dequantize(blocks, rows, s_rows, table, bits, True, values)
+        _dequantize(blocks, back, spread, table, bits, True, values)
 
     def levels(packed, y):
         blocks, values = packed.reshape(-1, size), y.reshape(-1, QK_K)
-        _dequantize(blocks, columns, s_rows, table, bits, False, values)
+        _dequantize(blocks, forward, spread, table, bits, False, values)
 
     def rotate(x, blocks):
-        _rotate(columns, x)
+        _rotate(forward, x)
 
     def unrotate(x, blocks):
-        _rotate(rows, x)
+        _rotate(back, x)
 
     return RowKernels(quantize, dequantize, levels, rotate, unrotate)

@@ -17,12 +17,11 @@ from tbq.kernels.amesianx import (
     add_squares,
     fwht,
     load,
-    read_codes,
     write_codes,
 )
 from tbq.kernels.compile import jit
 from tbq.kernels.numerics import fp16_to_fp32, fp32_to_fp16, load_fp16, store_fp16
-from tbq.kernels.rotated import STREAMS, halves, pair_table
+from tbq.kernels.rotated import STREAMS, halves, pair_table, read_codes
 from tbq.numerics import word_signs
 
 

@@ -19,11 +19,13 @@ import numpy as np
 from tbq.cells import Cells
 from tbq.codec import Codec
 from tbq.kernels.compile import jit
+from tbq.kernels.mirrored import choose_levels, choose_split_levels
 from tbq.kernels.numerics import load_fp16, store_fp16
 
 GROUP = 128
 LANES = 16
 SIZE = GROUP * LANES
+TILE = 8 * LANES
 WORDS = GROUP // 8
 QUARTERS, QUARTER = 4, GROUP // 4  # blocks of 32 values have a norm each
 ORDERS = {"ordered": 0, "tree": 1, "warps": 2}
@@ -43,7 +45,8 @@ class Plan(NamedTuple):
         floor: the least norm.
         corrected: whether the norm is divided by that of the centroids.
         clears_nan: whether a norm that is NaN turns the values to zeros.
-        before, after: float32 (128,), factors around the transform.
+        before: float32 (SIZE,), signs before the transform, each for all lanes.
+        after: float32 (128,), factors behind it.
         upper: whether a value on a boundary, or NaN, goes up.
         edges, squares: boundaries between cells, and the square of the centroid above each, in
             two halves: the compiler unrolls loops over tuples of up to eight.
@@ -103,6 +106,11 @@ def zero_places(codec: Codec) -> np.ndarray:
     """Return where in a group the encoder writes zeros."""
     spans = [np.arange(codec.block_bytes)[codec.layout.span(f)] for f in codec.layout.padding]
     return np.concatenate([np.zeros(0, np.int64), *spans])
+
+
+def in_lanes(factors: np.ndarray) -> np.ndarray:
+    """Return the factors of values, each for all lanes."""
+    return np.repeat(factors, LANES)
 
 
 # --- lanes ---------------------------------------------------------------------------------------
@@ -204,37 +212,41 @@ def fwht(v, after):
 
 
 @jit
-def multiply(v, factor, before):
-    """Multiply each lane of v by its factor (LANES,) and by before (128,)."""
-    for j in range(GROUP):
-        sign = before[j]
-        for lane in range(LANES):
-            v[j * LANES + lane] *= factor[lane] * sign
+def spread(factor, tile):
+    """Repeat the factor of each lane (LANES,) throughout tile (TILE,)."""
+    for start in range(0, TILE, LANES):
+        tile[start : start + LANES] = factor
 
 
 @jit
 def give_signs(v, signs):
-    """Multiply each lane of v by signs (128,)."""
-    for j in range(GROUP):
-        sign = signs[j]
-        for lane in range(LANES):
-            v[j * LANES + lane] *= sign
+    """Multiply v by signs (SIZE,)."""
+    for k in range(SIZE):
+        v[k] *= signs[k]
 
 
 @jit
-def normalise(v, norm, plan, factor):
-    """Turn lanes v into unit vectors with the signs of plan.before; norm is raised to its floor."""
+def normalise(v, norm, plan, factor, tile):
+    """Turn lanes v into unit vectors with the signs of plan.before; norm is raised to its floor.
+
+    factor (LANES,) and tile (TILE,) are scratch.
+    """
     if plan.divides:
         for lane in range(LANES):
             norm[lane] = plan.floor if norm[lane] < plan.floor else norm[lane]
-        for j in range(GROUP):
-            sign = plan.before[j]
-            for lane in range(LANES):
-                v[j * LANES + lane] /= norm[lane] * sign
-        return
-    for lane in range(LANES):
-        factor[lane] = ONE / norm[lane] if norm[lane] > TINY else ZERO
-    multiply(v, factor, plan.before)
+        spread(norm, tile)
+    else:
+        for lane in range(LANES):
+            factor[lane] = ONE / norm[lane] if norm[lane] > TINY else ZERO
+        spread(factor, tile)
+    for start in range(0, SIZE, TILE):
+        own, signs = v[start : start + TILE], plan.before[start : start + TILE]
+        if plan.divides:
+            for k in range(TILE):
+                own[k] /= tile[k] * signs[k]
+        else:
+            for k in range(TILE):
+                own[k] *= tile[k] * signs[k]
     if plan.clears_nan:
         for lane in range(LANES):
             if np.isnan(norm[lane]):
@@ -285,7 +297,7 @@ def correct(norm, order, s, r):
 
 @jit
 def rotate(x, before, after):
-    """Multiply x (n, 128) by signs, transform it and multiply it by after, in place."""
+    """Multiply x (n, 128) by signs (SIZE,), transform it, multiply it by after (128,), in place."""
     v = np.empty(SIZE, np.float32)
     for start in range(0, x.shape[0], LANES):
         count = min(LANES, x.shape[0] - start)
@@ -423,6 +435,40 @@ def expand(block, kind, places, pairs, first, count, factor, out):
         _expand3(block, places, pairs, first, count, factor, out)
 
 
+def _row_reader(bits: int):
+    """Return the loop that sets a row to levels of packed codes times a factor."""
+
+    @jit
+    def expand(data, pairs, factor, out):
+        mask = (1 << (2 * bits)) - 1
+        for g in range(out.size // 8):
+            word = np.uint32(0)
+            for k in range(bits):
+                word |= np.uint32(data[bits * g + k]) << np.uint32(8 * k)
+            own = out[8 * g : 8 * g + 8]
+            for i in range(4):
+                pair = 2 * ((word >> np.uint32(2 * bits * i)) & np.uint32(mask))
+                own[2 * i], own[2 * i + 1] = pairs[pair] * factor, pairs[pair + 1] * factor
+
+    return expand
+
+
+_row1, _row2, _row3, _row4 = (_row_reader(bits) for bits in (1, 2, 3, 4))
+
+
+@jit
+def read_codes(data, bits, pairs, factor, out):
+    """Set out to the levels of codes times a factor; pairs has those of two codes each."""
+    if bits == 1:
+        _row1(data, pairs, factor, out)
+    elif bits == 2:
+        _row2(data, pairs, factor, out)
+    elif bits == 3:
+        _row3(data, pairs, factor, out)
+    else:
+        _row4(data, pairs, factor, out)
+
+
 # --- codecs of cells -----------------------------------------------------------------------------
 
 
@@ -432,11 +478,12 @@ def quantize(x, plan, kind, packed):
     v, s = np.empty(SIZE, np.float32), np.empty(SIZE, np.float32)
     codes, words = np.empty(SIZE, np.int32), np.empty(WORDS * LANES, np.int32)
     norm, scratch = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    tile = np.empty(TILE, np.float32)
     for start in range(0, x.shape[0], LANES):
         count = min(LANES, x.shape[0] - start)
         load(x, start, count, v)
         norms(v, plan.order, s, norm)
-        normalise(v, norm, plan, scratch)
+        normalise(v, norm, plan, scratch, tile)
         fwht(v, plan.after)
         if plan.upper:
             choose_upper(v, plan.edges, plan.squares, plan.first_square, codes, s)
@@ -463,14 +510,66 @@ def levels(packed, kind, places, scales, pairs, y):
             expand(packed[b], kind, places, pairs, part * count, count, norm, y[b])
 
 
+def _restorer(kind: int):
+    """Return the decoder of words of one kind, with its number of bytes as a constant."""
+    bits = BYTES[kind]
+    choose = choose_split_levels if kind == SPLIT else choose_levels[bits]
+
+    @jit
+    def read(packed, start, count, places, upper, words, v):
+        for lane in range(count):
+            block = packed[start + lane]
+            for g in range(WORDS):
+                word = ZERO_CODE
+                for k in range(bits):
+                    word |= np.int32(block[places[bits * g + k]]) << np.int32(8 * k)
+                words[g * LANES + lane] = word
+        choose(words, upper, v)
+
+    return read
+
+
+_read2, _read3, _read4 = (_restorer(kind) for kind in (STREAM2, STREAM3, STREAM4))
+_read_split = _restorer(SPLIT)
+
+
 @jit
-def restore(packed, kind, places, scales, pairs, before, after, y):
+def read(packed, start, count, kind, places, upper, words, v):
+    """Set the first lanes of v to the levels of groups [start, start + count) of packed.
+
+    upper is what `tbq.kernels.mirrored.upper_levels` returns; words (WORDS * LANES,) is scratch.
+    """
+    if kind == STREAM2:
+        _read2(packed, start, count, places, upper, words, v)
+    elif kind == STREAM4:
+        _read4(packed, start, count, places, upper, words, v)
+    elif kind == SPLIT:
+        _read_split(packed, start, count, places, upper, words, v)
+    else:
+        _read3(packed, start, count, places, upper, words, v)
+
+
+@jit
+def store_scaled(v, start, count, packed, scales, y):
+    """Write the first lanes of v times the norms of packed to groups [start, start + count)."""
+    for lane in range(count):
+        block, out = packed[start + lane], y[start + lane]
+        for part in range(QUARTERS):
+            norm = load_fp16(block, scales[part])
+            for j in range(part * QUARTER, (part + 1) * QUARTER):
+                out[j] = v[j * LANES + lane] * norm
+
+
+@jit
+def restore(packed, kind, places, scales, upper, before, after, y):
     """Set y (n, 128) to the centroids, rotated back, times norm."""
+    v, words = np.empty(SIZE, np.float32), np.zeros(WORDS * LANES, np.int32)
     for start in range(0, packed.shape[0], LANES):
-        some, rows = packed[start : start + LANES], y[start : start + LANES]
-        for b in range(some.shape[0]):  # as rows first: stores to lanes are far apart
-            expand(some[b], kind, places, pairs, 0, WORDS, ONE, rows[b])
-        rotate_and_scale(some, scales, before, after, rows)
+        count = min(LANES, packed.shape[0] - start)
+        read(packed, start, count, kind, places, upper, words, v)
+        give_signs(v, before)
+        fwht(v, after)
+        store_scaled(v, start, count, packed, scales, y)
 
 
 @jit
@@ -479,14 +578,7 @@ def rotate_and_scale(packed, scales, before, after, y):
     v = np.empty(SIZE, np.float32)
     for start in range(0, packed.shape[0], LANES):
         count = min(LANES, packed.shape[0] - start)
-        for row in y[start : start + count]:
-            for j in range(GROUP):
-                row[j] *= before[j]
         load(y, start, count, v)
+        give_signs(v, before)
         fwht(v, after)
-        for lane in range(count):
-            block, out = packed[start + lane], y[start + lane]
-            for part in range(QUARTERS):
-                norm = load_fp16(block, scales[part])
-                for j in range(part * QUARTER, (part + 1) * QUARTER):
-                    out[j] = v[j * LANES + lane] * norm
+        store_scaled(v, start, count, packed, scales, y)

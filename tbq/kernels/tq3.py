@@ -10,7 +10,7 @@ import numpy as np
 from tbq.codec import RowKernels
 from tbq.families.tq3 import QK, SCALE, PeakCells
 from tbq.kernels.compile import jit
-from tbq.kernels.lanes import LANES, ONE, ZERO, fwht, load
+from tbq.kernels.lanes import LANES, ONE, SIZE, WORDS, ZERO, fwht, load, store
 from tbq.kernels.lanes import pack as pack_lanes
 from tbq.kernels.numerics import load_fp16, store_fp16
 from tbq.numerics import word_signs
@@ -23,10 +23,9 @@ ZERO_CODE, ONE_CODE = np.int32(0), np.int32(1)
 
 @jit
 def _give_signs(v, signs):
-    for j in range(QK):
-        sign = signs[j]
-        for lane in range(LANES):
-            v[j, lane] *= sign
+    """Multiply v by signs (SIZE,)."""
+    for k in range(SIZE):
+        v[k] *= signs[k]
 
 
 @jit
@@ -36,7 +35,7 @@ def _scales(v, outermost, d, inverse):
         d[lane] = ZERO
     for j in range(QK):
         for lane in range(LANES):
-            size = abs(v[j, lane])
+            size = abs(v[j * LANES + lane])
             d[lane] = size if size > d[lane] else d[lane]
     for lane in range(LANES):
         d[lane] /= outermost
@@ -47,10 +46,10 @@ def _scales(v, outermost, d, inverse):
 def _choose(v, inverse, edges, codes):
     for j in range(QK):
         for lane in range(LANES):
-            scaled, code = v[j, lane] * inverse[lane], ZERO_CODE
+            scaled, code = v[j * LANES + lane] * inverse[lane], ZERO_CODE
             for edge in edges:
                 code += ZERO_CODE if scaled < edge else ONE_CODE
-            codes[j, lane] = code
+            codes[j * LANES + lane] = code
 
 
 @jit
@@ -58,21 +57,22 @@ def _split(v, d, levels, splits, codes, bits):
     """Set bits to the codes' third bits or to residual signs, and leave two bits of the codes."""
     for j in range(QK):
         for lane in range(LANES):
-            code = codes[j, lane]
+            k = j * LANES + lane
+            code = codes[k]
             if splits:
-                bits[j, lane] = code >> 2
+                bits[k] = code >> 2
             else:
-                residual = v[j, lane] - d[lane] * levels[code]
-                bits[j, lane] = ONE_CODE if residual >= ZERO else ZERO_CODE
-            codes[j, lane] = code & 3
+                residual = v[k] - d[lane] * levels[code]
+                bits[k] = ONE_CODE if residual >= ZERO else ZERO_CODE
+            codes[k] = code & 3
 
 
 @jit
 def _quantize(x, signs, edges, levels, splits, packed):
     """Quantise x (n, 32) to packed (n, 14)."""
-    v = np.empty((QK, LANES), np.float32)
-    codes, bits = np.empty((QK, LANES), np.int32), np.empty((QK, LANES), np.int32)
-    low, high = np.empty((GROUPS, LANES), np.int32), np.empty((GROUPS, LANES), np.int32)
+    v = np.empty(SIZE, np.float32)
+    codes, bits = np.empty(SIZE, np.int32), np.empty(SIZE, np.int32)
+    low, high = np.empty(WORDS, np.int32), np.empty(WORDS, np.int32)
     d, inverse = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     for start in range(0, x.shape[0], LANES):
         count = min(LANES, x.shape[0] - start)
@@ -87,9 +87,9 @@ def _quantize(x, signs, edges, levels, splits, packed):
         for lane in range(count):
             out = packed[start + lane]
             for g in range(GROUPS):
-                word = low[g, lane]
+                word = low[g * LANES + lane]
                 out[2 * g], out[2 * g + 1] = np.uint8(word & 0xFF), np.uint8((word >> 8) & 0xFF)
-                out[HIGH + g] = np.uint8(high[g, lane])
+                out[HIGH + g] = np.uint8(high[g * LANES + lane])
             store_fp16(d[lane], out, GAMMA)
 
 
@@ -110,24 +110,23 @@ def _levels(packed, levels, splits, y):
 
 @jit
 def _rotate(x, before, after):
-    """Multiply x (n, 32) by signs, transform it and multiply it by signs, in place."""
-    v = np.empty((QK, LANES), np.float32)
+    """Multiply x (n, 32) by signs (SIZE,), transform it, multiply it by signs, in place."""
+    v = np.empty(SIZE, np.float32)
     for start in range(0, x.shape[0], LANES):
         count = min(LANES, x.shape[0] - start)
         load(x, start, count, v)
         _give_signs(v, before)
         fwht(v, FACTOR)
         _give_signs(v, after)
-        for lane in range(count):
-            for j in range(QK):
-                x[start + lane, j] = v[j, lane]
+        store(v, start, count, x)
 
 
 def kernels(codec: PeakCells) -> RowKernels:
     """Return the kernels of tq3_0."""
     if codec.width != QK or not codec.outermost:
         raise NotImplementedError("kernels rotate 32 values and scale right; others are mutants")
-    signs, ones = word_signs((codec.signs,)), np.ones(QK, np.float32)
+    signs = np.repeat(word_signs((codec.signs,)), LANES)
+    ones = np.ones(SIZE, np.float32)
     edges, table, splits = tuple(codec.cells.edges), codec.cells.levels, codec.splits
     size = codec.block_bytes
 

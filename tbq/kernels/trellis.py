@@ -293,28 +293,45 @@ def _quantize(x, code, by_branch, bits, count, scratch, packed):
         _store_walk(states, code, norm, bits, block)
 
 
+def _reader(bits: int):
+    """Return the loop over a block's windows, with bits as a constant: it unrolls."""
+
+    @jit
+    def read(block, code, d, out):
+        # Eight emissions fill K bytes: the window of number k ends K*(k+1) bits further on.
+        for group in range(QK // 8):
+            stream = np.uint64(0)
+            for k in range(2 + bits):
+                stream |= np.uint64(block[2 + bits * group + k]) << np.uint64(8 * k)
+            for k in range(8):
+                state = (stream >> np.uint64(bits * (k + 1))) & np.uint64(0xFFFF)
+                out[8 * group + k] = code[state] * d
+
+    return read
+
+
+_read2, _read3, _read4 = (_reader(bits) for bits in (2, 3, 4))
+
+
 @jit
 def _dequantize(packed, code, bits, count, y):
     """Dequantise packed (n, block_bytes) to y (n, 128); return the first corrupt block, or -1."""
     at = HEAD + QK * bits // 8
     corrupt = -1
     for b in range(packed.shape[0]):
-        block = packed[b]
+        block, out = packed[b], y[b]
         d = load_fp16(block, 0)
         if d == np.float32(0.0):
-            y[b] = np.float32(0.0)
+            out[:] = np.float32(0.0)
+        elif bits == 2:
+            _read2(block, code, d, out)
+        elif bits == 3:
+            _read3(block, code, d, out)
         else:
-            # Eight emissions fill K bytes: the window of number k ends K*(k+1) bits further on.
-            for group in range(QK // 8):
-                stream = np.uint64(0)
-                for k in range(2 + bits):
-                    stream |= np.uint64(block[2 + bits * group + k]) << np.uint64(8 * k)
-                for k in range(8):
-                    state = (stream >> np.uint64(bits * (k + 1))) & np.uint64(0xFFFF)
-                    y[b, 8 * group + k] = code[state] * d
+            _read4(block, code, d, out)
         for k in range(count):
             if block[at + k] < QK:
-                y[b, block[at + k]] = load_fp16(block, at + count + 2 * k)
+                out[block[at + k]] = load_fp16(block, at + count + 2 * k)
             elif corrupt < 0:
                 corrupt = b
     return corrupt

@@ -19,6 +19,7 @@ from tbq.families.turbo import (
 )
 from tbq.kernels import rotated
 from tbq.kernels.compile import jit
+from tbq.kernels.mirrored import upper_levels
 from tbq.kernels.numerics import load_fp16, store_fp16
 from tbq.kernels.rotated import (
     GROUP,
@@ -30,6 +31,7 @@ from tbq.kernels.rotated import (
     SPLIT,
     STREAM3,
     STREAMS,
+    TILE,
     TINY,
     WORDS,
     ZERO,
@@ -39,13 +41,15 @@ from tbq.numerics import word_signs
 
 HALF_STEPS, TOP = np.float32(127.5), np.float32(255.0)
 ORDERED = ORDERS["ordered"]
+SIGN_PAIRS = rotated.pair_table(np.array([-1, 1], np.float32), STREAM3)
 
 
 def _forward(rotation: Rotation) -> tuple[np.ndarray, np.ndarray]:
     """Return the factors before and after the transform of R."""
     if rotation.width != GROUP:
         raise NotImplementedError("kernels rotate 128 values; other widths are mutants")
-    return word_signs(rotation.before), word_signs(rotation.after) * np.float32(rotation.scale)
+    before = rotated.in_lanes(word_signs(rotation.before))
+    return before, word_signs(rotation.after) * np.float32(rotation.scale)
 
 
 def _inverse(rotation: Rotation) -> tuple[np.ndarray, np.ndarray]:
@@ -103,17 +107,19 @@ def _overwritten(codec: OverwrittenCodes) -> RowKernels:
 def _row_kernels(codec: Codec, plan: Plan, written: int, read: int, cells: Cells) -> RowKernels:
     """Return kernels for codes that are packed as words of one kind and unpacked as another."""
     size = codec.block_bytes * codec.group_blocks
-    where = (plan.places, plan.scales, rotated.pair_table(cells.levels, read))
+    where, pairs = (plan.places, plan.scales), rotated.pair_table(cells.levels, read)
+    upper = upper_levels(cells.levels)
     back = _inverse(codec.rotation)
 
     def quantize(x, packed, first):
         rotated.quantize(x.reshape(-1, GROUP), plan, written, packed.reshape(-1, size))
 
     def levels(packed, y):
-        rotated.levels(packed.reshape(-1, size), read, *where, y.reshape(-1, GROUP))
+        rotated.levels(packed.reshape(-1, size), read, *where, pairs, y.reshape(-1, GROUP))
 
     def restore(packed, y):
-        rotated.restore(packed.reshape(-1, size), read, *where, *back, y.reshape(-1, GROUP))
+        blocks, values = packed.reshape(-1, size), y.reshape(-1, GROUP)
+        rotated.restore(blocks, read, *where, upper, *back, values)
 
     dequantize = levels if codec.gives == "rotated" else restore
     return RowKernels(quantize, dequantize, levels, *_rotations(codec.rotation), restore)
@@ -139,11 +145,12 @@ def _quantize_grid(x, plan, peaked, packed):
     v, s = np.empty(SIZE, np.float32), np.empty(SIZE, np.float32)
     norm, peak = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     inverse, codes = np.empty(LANES, np.float32), np.empty(SIZE, np.int32)
+    tile = np.empty(TILE, np.float32)
     for start in range(0, x.shape[0], LANES):
         count = min(LANES, x.shape[0] - start)
         rotated.load(x, start, count, v)
         rotated.norms(v, plan.order, s, norm)
-        rotated.normalise(v, norm, plan, peak)
+        rotated.normalise(v, norm, plan, peak, tile)
         rotated.fwht(v, plan.after)
         peak[:] = TINY
         for j in range(GROUP):
@@ -210,13 +217,13 @@ def _quantize_residual(x, plan, values, before, after, packed):
     unit, codes = np.empty(SIZE, np.float32), np.empty(SIZE, np.int32)
     words = np.empty(WORDS * LANES, np.int32)
     norm, scratch = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    rnorm = np.empty(LANES, np.float32)
+    rnorm, tile = np.empty(LANES, np.float32), np.empty(TILE, np.float32)
     above, lowest = values
     for start in range(0, x.shape[0], LANES):
         count = min(LANES, x.shape[0] - start)
         rotated.load(x, start, count, v)
         rotated.norms(v, plan.order, s, norm)
-        rotated.normalise(v, norm, plan, scratch)
+        rotated.normalise(v, norm, plan, scratch, tile)
         unit[:] = v
         rotated.give_signs(unit, plan.before)  # twice the same signs
         rotated.fwht(v, plan.after)
@@ -246,18 +253,19 @@ def _quantize_residual(x, plan, values, before, after, packed):
 
 
 @jit
-def _moved(block, places, pairs, out):
-    """Set out (128,) to the centroids of a block, moved by the residual's share."""
+def _moved(block, places, pairs, e, out):
+    """Set out (128,) to the centroids of a block, moved by the residual's share; e is scratch."""
     rotated.expand(block, STREAM3, places, pairs, 0, WORDS, ONE, out)
-    shift = QJL * load_fp16(block, 2)
+    rotated.read_codes(block[52:], 1, SIGN_PAIRS, QJL * load_fp16(block, 2), e)
     for j in range(GROUP):
-        out[j] += shift if (block[52 + j // 8] >> (j % 8)) & 1 else -shift
+        out[j] += e[j]
 
 
 @jit
 def _levels_residual(packed, places, pairs, y):
+    e = np.empty(GROUP, np.float32)
     for b in range(packed.shape[0]):
-        _moved(packed[b], places, pairs, y[b])
+        _moved(packed[b], places, pairs, e, y[b])
         norm = load_fp16(packed[b], 0)
         for j in range(GROUP):
             y[b, j] *= norm
@@ -265,8 +273,9 @@ def _levels_residual(packed, places, pairs, y):
 
 @jit
 def _restore_residual(packed, places, pairs, scales, before, after, y):
+    e = np.empty(GROUP, np.float32)
     for b in range(packed.shape[0]):
-        _moved(packed[b], places, pairs, y[b])
+        _moved(packed[b], places, pairs, e, y[b])
     rotated.rotate_and_scale(packed, scales, before, after, y)
 
 

@@ -18,6 +18,7 @@ from tbq.codec import RowKernels
 from tbq.families.turbo_cpu import EDGES, GROUP, LEVELS, DenseCells, matrix
 from tbq.kernels import rotated
 from tbq.kernels.compile import jit
+from tbq.kernels.dense import tiles
 from tbq.kernels.numerics import load_fp16, store_fp16
 from tbq.kernels.pr21089 import PAIR, rotate_pair
 from tbq.kernels.rotated import (
@@ -96,7 +97,7 @@ def _correct(c, v, norm, scratch):
 
 
 @jit
-def _quantize(x, columns, cells, starts, edges, table, bits, corrected, packed):
+def _quantize(x, forward, cells, starts, edges, table, bits, corrected, packed):
     """Quantise x (n, 128); cells are what `choose_upper` takes for 4 bits, the rest is for 8."""
     v, s = np.empty(SIZE, np.float32), np.empty(SIZE, np.float32)
     rows, turned = np.empty((LANES, GROUP), np.float32), np.empty(SIZE, np.float32)
@@ -105,7 +106,7 @@ def _quantize(x, columns, cells, starts, edges, table, bits, corrected, packed):
     for start in range(0, x.shape[0], LANES):
         count = min(LANES, x.shape[0] - start)
         _unit_rows(x, start, count, v, s, norm, rows)
-        _multiply(columns, rows.reshape(SIZE), turned)
+        _multiply(forward, rows.reshape(SIZE), turned)
         if bits == 8:
             _choose(turned, starts, edges, steps, codes)
             for k in range(SIZE):
@@ -175,25 +176,25 @@ def kernels(codec: DenseCells) -> RowKernels:
     bits, size = codec.bits, codec.block_bytes
     table, edges, starts = LEVELS[bits], np.append(EDGES[8], np.float32(np.nan)), step_starts()
     cells = (halves(EDGES[4]), halves(LEVELS[4][1:]))
-    columns = np.ascontiguousarray(matrix().T)
+    forward, back = tiles(matrix()), tiles(matrix().T)
 
     def quantize(x, packed, first):
         blocks = packed.reshape(-1, size)
-        args = (columns, cells, starts, edges, table, bits, codec.corrected)
+        args = (forward, cells, starts, edges, table, bits, codec.corrected)
         _quantize(x.reshape(-1, GROUP), *args, blocks)
 
     def dequantize(packed, y):
         blocks, values = packed.reshape(-1, size), y.reshape(-1, GROUP)
-        _dequantize(blocks, matrix(), True, table, bits, values)
+        _dequantize(blocks, back, True, table, bits, values)
 
     def levels(packed, y):
         blocks, values = packed.reshape(-1, size), y.reshape(-1, GROUP)
-        _dequantize(blocks, matrix(), False, table, bits, values)
+        _dequantize(blocks, back, False, table, bits, values)
 
     def rotate(x, blocks):
-        _rotate(columns, x)
+        _rotate(forward, x)
 
     def unrotate(x, blocks):
-        _rotate(matrix(), x)
+        _rotate(back, x)
 
     return RowKernels(quantize, dequantize, levels, rotate, unrotate)

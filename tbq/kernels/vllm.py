@@ -7,10 +7,9 @@ import numpy as np
 from tbq.codec import Codec, RowKernels
 from tbq.families.vllm import HEAD, K128, LEAST_SCALE, LEAST_SQUARE, TINY, StepValues, UnitKeys
 from tbq.kernels import rotated
-from tbq.kernels.amesianx import read_codes
 from tbq.kernels.compile import jit
 from tbq.kernels.numerics import load_fp16, store_fp16
-from tbq.kernels.rotated import LANES, ONE, SIZE, STREAMS, WORDS, ZERO, pair_table
+from tbq.kernels.rotated import LANES, ONE, SIZE, STREAMS, WORDS, ZERO, pair_table, read_codes
 
 EIGHT = 8 * LANES
 INFINITY, HALF = np.float32(np.inf), np.float32(0.5)
@@ -85,17 +84,19 @@ def _keys(codec: UnitKeys) -> RowKernels:
     kind, places = STREAMS[bits], rotated.stored(codec, "qs")
     # what exceeds the float before a midpoint is not below it
     edges = rotated.halves(np.nextafter(codec.cells.edges, np.float32(-np.inf)))
-    pairs, ones = pair_table(levels, kind), np.ones(HEAD, np.float32)
+    pairs = pair_table(levels, kind)
+    factors = np.full(HEAD, K128, np.float32)
+    ones = rotated.in_lanes(np.ones(HEAD, np.float32))
 
     def quantize(x, packed, first):
         blocks = packed.reshape(-1, size)
-        _quantize_keys(x.reshape(-1, HEAD), kind, places, edges, ones * K128, blocks)
+        _quantize_keys(x.reshape(-1, HEAD), kind, places, edges, factors, blocks)
 
     def dequantize(packed, y):
         _dequantize_keys(packed.reshape(-1, size), bits, pairs, y.reshape(-1, HEAD))
 
     def rotate(x, blocks):
-        rotated.rotate(x, ones, ones * K128)
+        rotated.rotate(x, ones, factors)
 
     return RowKernels(quantize, dequantize, dequantize, rotate, rotate)
 

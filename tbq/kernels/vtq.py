@@ -7,22 +7,33 @@ import numpy as np
 from tbq.codec import RowKernels
 from tbq.families.ktq import QK, SCALE, TINY
 from tbq.families.vtq import CODEBOOKS, Distance, MixedBlocks, PlainBlocks
-from tbq.kernels.bitpack import pack, unpack
+from tbq.kernels.bitpack import pack
 from tbq.kernels.compile import jit
-from tbq.kernels.lanes import LANES, ONE, ZERO, expand, load, norms, store_codes
+from tbq.kernels.lanes import (
+    LANES,
+    ONE,
+    SIZE,
+    WORDS,
+    ZERO,
+    count_above,
+    load,
+    multiply,
+    norms,
+    store_codes,
+)
 from tbq.kernels.lanes import pack as pack_lanes
+from tbq.kernels.mirrored import choose, upper_levels
 from tbq.kernels.nearest import count_thresholds
 from tbq.kernels.numerics import corrected_scale, load_fp16, store_fp16
 from tbq.nearest import absolute, squared, thresholds
 
 
 @jit
-def _quantize(x, levels, limits, bits, packed):
+def _quantize(x, upper, limits, bits, packed):
     """Quantise x (n, 32) to packed (n, block_bytes)."""
     n = x.shape[0]
-    v = np.empty((QK, LANES), np.float32)
-    codes = np.empty((QK, LANES), np.int32)
-    words = np.empty((4, LANES), np.int32)
+    v = np.empty(SIZE, np.float32)
+    codes, words = np.empty(SIZE, np.int32), np.empty(WORDS, np.int32)
     norm, rn = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     inverse = np.empty(LANES, np.float32)
     for start in range(0, n, LANES):
@@ -31,11 +42,10 @@ def _quantize(x, levels, limits, bits, packed):
         norms(v, norm)
         for lane in range(LANES):
             inverse[lane] = ONE / norm[lane]
-        for j in range(QK):
-            for lane in range(LANES):
-                codes[j, lane] = count_thresholds(v[j, lane] * inverse[lane], limits)
+        multiply(v, inverse)
+        count_above(v, limits, codes)
         pack_lanes(codes, bits, words)
-        expand(words, bits, levels, v)
+        choose(words, bits, upper, v)
         norms(v, rn)
         for lane in range(count):
             out = packed[start + lane]
@@ -109,16 +119,25 @@ def _quantize_mixed(x, fine_levels, fine_limits, coarse_levels, coarse_limits, p
 
 @jit
 def _dequantize_mixed(packed, fine_levels, coarse_levels, y):
-    fine = np.empty(8, np.uint8)
-    slots = np.zeros(25, np.uint8)
+    """Dequantise packed (n, 12) to y (n, 32), through tables of levels times the block's scale."""
+    fine, coarse = np.empty(8, np.float32), np.empty(4, np.float32)
     for b in range(packed.shape[0]):
-        d = load_fp16(packed[b], 0)
-        unpack(packed[b, 2:5], 3, fine)
-        unpack(packed[b, 5:11], 2, slots[:24])
-        slots[24] = packed[b, 11] & 3
-        for j in range(QK):
-            mixed = fine_levels[fine[j // 4]] if j % 4 == 0 else coarse_levels[slots[j - j // 4]]
-            y[b, j] = ZERO if d < TINY else mixed * d
+        block, row = packed[b], y[b]
+        d = load_fp16(block, 0)
+        for c in range(8):
+            fine[c] = ZERO if d < TINY else fine_levels[c] * d
+        for c in range(4):
+            coarse[c] = ZERO if d < TINY else coarse_levels[c] * d
+        word, slots = np.uint64(0), np.uint64(0)
+        for k in range(3):
+            word |= np.uint64(block[2 + k]) << np.uint64(8 * k)
+        for k in range(7):
+            slots |= np.uint64(block[5 + k]) << np.uint64(8 * k)
+        for i in range(8):
+            row[4 * i] = fine[(word >> np.uint64(3 * i)) & np.uint64(7)]
+            three = slots >> np.uint64(6 * i + 2)
+            for k in range(3):
+                row[4 * i + 1 + k] = coarse[(three >> np.uint64(2 * k)) & np.uint64(3)]
 
 
 def table(bits: int, distance: Distance) -> tuple[np.ndarray, tuple]:
@@ -138,9 +157,10 @@ def kernels(codec: PlainBlocks | MixedBlocks) -> RowKernels:
 def _plain(codec: PlainBlocks) -> RowKernels:
     bits, size = codec.bits, codec.block_bytes
     levels, limits = table(bits, codec.distance)
+    upper = upper_levels(levels)
 
     def quantize(x, packed, first):
-        _quantize(x.reshape(-1, QK), levels, limits, bits, packed.reshape(-1, size))
+        _quantize(x.reshape(-1, QK), upper, limits, bits, packed.reshape(-1, size))
 
     def dequantize(packed, y):
         _dequantize(packed.reshape(-1, size), levels, bits, y.reshape(-1, QK))

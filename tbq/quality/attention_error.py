@@ -1,9 +1,8 @@
 """What an error in K and V does to attention.
 
-A dump has no queries. They are taken from the keys' own distribution: some of the layer's exact
-keys serve as queries, each attending to the keys of all other cells, earlier or later, with the
-usual scale 1/sqrt(head_dim). Real queries differ, so the numbers rank types and layers; they do not
-predict a model's perplexity.
+A dump has no queries. Where none are given, directions drawn at random stand in for them: of what a
+query does to errors in keys, its length matters and its direction hardly does. Real queries differ
+still, so the numbers rank types and layers; they do not predict a model's perplexity.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-QUERIES = 64
+QUERIES = 128
 
 
 @dataclass(frozen=True)
@@ -34,30 +33,67 @@ class AttentionError:
         return {"logit_rmse": self.logit_rmse, "kl": self.kl, "output_error": self.output_error}
 
 
+def random_queries(n: int, heads: int, head_dim: int, length: float | None = None) -> np.ndarray:
+    """Return stand-ins for queries, float32 (n, heads, head_dim): the same at every call.
+
+    Args:
+        n, heads, head_dim: how many there are, and of which width.
+        length: L2 norm of each; sqrt(head_dim), that of unit variance, if omitted.
+    """
+    length = head_dim**0.5 if length is None else length
+    q = np.random.Generator(np.random.PCG64(n)).standard_normal((n, heads, head_dim))
+    return (q * (length / np.linalg.norm(q, axis=-1, keepdims=True))).astype(np.float32)
+
+
+def visible(queries: np.ndarray, cells: np.ndarray, window: int = 0) -> np.ndarray:
+    """Return which cells each query attends to, bool (queries, cells).
+
+    Args:
+        queries, cells: int64, the sequence in the upper 32 bits, the position in the lower.
+        window: how many positions up to its own a query sees; 0 for all.
+    """
+    back = queries[:, None] - cells[None]
+    same = (queries[:, None] >> 32) == (cells[None] >> 32)
+    return same & (back >= 0) & ((back < window) if window else True)
+
+
 class ExactAttention:
     """The attention of one layer with exact K and V, to compare with.
 
     Args:
-        k: float32 (cells, heads, head_dim), at least two cells.
+        k: float32 (cells, heads, head_dim).
         v: float32 (cells, heads, head_dim of V), or None.
+        queries: float32 (n, query heads, head_dim); so many consecutive query heads share a head of
+            K as there are more of them.
+        seen: bool (n, cells), what each query attends to, at least one cell.
+        scale: what logits are multiplied by; 1/sqrt(head_dim) if omitted.
     """
 
     @np.errstate(all="ignore")
-    def __init__(self, k: np.ndarray, v: np.ndarray | None) -> None:
+    def __init__(
+        self,
+        k: np.ndarray,
+        v: np.ndarray | None,
+        queries: np.ndarray,
+        seen: np.ndarray,
+        scale: float | None = None,
+    ) -> None:
         self.k, self.v = k, v
-        n = len(k)
-        self.queries = np.unique(np.linspace(0, n - 1, min(QUERIES, n)).astype(int))
-        self.logits = [self._logits(k, head) for head in range(k.shape[1])]
+        self.queries, self.seen = queries, seen
+        self.shared = queries.shape[1] // k.shape[1]
+        self.scale = np.float32(k.shape[-1] ** -0.5 if scale is None else scale)
+        self.logits = [self._logits(k, head) for head in range(queries.shape[1])]
         self.log_weights = [_log_softmax(x) for x in self.logits]
         self.outputs = None
         if v is not None:
-            self.outputs = [np.exp(w) @ v[:, h] for h, w in enumerate(self.log_weights)]
+            self.outputs = [
+                np.exp(w) @ v[:, head // self.shared] for head, w in enumerate(self.log_weights)
+            ]
 
     def _logits(self, k: np.ndarray, head: int) -> np.ndarray:
-        """Return the logits (queries, cells) of exact queries, their own cells masked out."""
-        q = self.k[self.queries, head]
-        logits = q @ k[:, head].T / np.float32(np.sqrt(k.shape[-1]))
-        logits[np.arange(len(q)), self.queries] = -np.inf
+        """Return the logits (queries, cells) of a query head, -inf where it does not look."""
+        logits = (self.queries[:, head] @ k[:, head // self.shared].T) * self.scale
+        logits[~self.seen] = -np.inf
         return logits
 
     @np.errstate(all="ignore")
@@ -69,12 +105,13 @@ class ExactAttention:
             log_exact = log_other = self.log_weights[head]
             if k is not None:
                 logits = self._logits(k, head)
-                squared += _mean_square((logits - exact)[np.isfinite(exact)])
+                squared += _mean_square((logits - exact)[self.seen])
                 log_other = _log_softmax(logits)
                 divergence += _kl(log_exact, log_other)
             if self.outputs is not None:
                 values = self.v if v is None else v
-                difference = np.exp(log_other) @ values[:, head] - self.outputs[head]
+                sums = np.exp(log_other) @ values[:, head // self.shared]
+                difference = sums - self.outputs[head]
                 wrong += float((difference.astype(np.float64) ** 2).sum())
                 right += float((self.outputs[head].astype(np.float64) ** 2).sum())
         n = len(self.logits)

@@ -29,8 +29,9 @@ class Distortion:
 
     def add(self, original: np.ndarray, decoded: np.ndarray) -> None:
         """Add two equally shaped arrays."""
-        x = np.asarray(original, np.float64).ravel()
-        y = np.asarray(decoded, np.float64).ravel()
+        with np.errstate(invalid="ignore"):  # signalling NaN
+            x = np.asarray(original, np.float64).ravel()
+            y = np.asarray(decoded, np.float64).ravel()
         self.count += x.size
         self.nonfinite_original += x.size - int(np.isfinite(x).sum())
         self.nonfinite_decoded += y.size - int(np.isfinite(y).sum())

@@ -7,7 +7,7 @@
 Nothing here touches a file; `tbq-vectors` writes cases to disk and reads outputs from there.
 """
 
-from tbq.vectors.cases import OPERATIONS, Case, cases, quantize_case
+from tbq.vectors.cases import GRAPH_OPERATIONS, OPERATIONS, Case, cases, quantize_case
 from tbq.vectors.diagnosis import BUGS, Diagnosis, diagnose
 from tbq.vectors.inputs import Input, inputs
 from tbq.vectors.match import EXACT, ROUNDING, WRONG, Comparison, compare, format_name
@@ -16,6 +16,7 @@ from tbq.vectors.notes import NOTES
 __all__ = [
     "BUGS",
     "EXACT",
+    "GRAPH_OPERATIONS",
     "NOTES",
     "OPERATIONS",
     "ROUNDING",

@@ -13,12 +13,15 @@ from tbq.codec import Codec, Stages
 from tbq.format import Format
 from tbq.numerics import fp16_bits
 from tbq.rotations import KINDS
+from tbq.vectors.backward import BACKWARD, sigmoid
 from tbq.vectors.code_bits import as_blocks, bodies, code_mask, codes_of, with_bodies
-from tbq.vectors.inputs import Input, gaussian, inputs, raw_bytes, stream
+from tbq.vectors.inputs import Input, gaussian, inputs, raw_bytes, stream, unit
 from tbq.vectors.notes import HEAD_DIMS
 
-OPERATIONS = ("quantize", "dequantize", "scores", "weighted_sum", "rotation")
-GRAPH = "graph"  # where rotations stand, that belong to no format
+# Operations of the graph, which belong to no format, stand under `graph`.
+GRAPH = "graph"
+GRAPH_OPERATIONS = ("rotation", *BACKWARD)
+OPERATIONS = ("quantize", "dequantize", "scores", "weighted_sum", *GRAPH_OPERATIONS)
 # Stages are written for rows up to this many values; longer ones are there for their length.
 TAPPED_VALUES = 1024
 # A kernel that sums in another order may decide otherwise this close to a boundary.
@@ -50,6 +53,7 @@ NMSE = {
     "scores": (1e-10, "float32 sums in any order; a query rounded to float16 is above this"),
     "weighted_sum": (1e-10, "float32 sums in any order; float16 accumulators are above this"),
     "rotation": (1e-11, "float32 sums in any order; float16 values are above this"),
+    "backward": (1e-12, "an expf a few units off; float16 values are above this"),
 }
 TRELLIS_COST = 1e-4
 
@@ -61,11 +65,11 @@ class Case:
     Attributes:
         id: stable name, `dialect/name/operation/input`; also where its files are.
         op: one of OPERATIONS.
-        format: the format with its choices made, None for graph rotations.
+        format: the format with its choices made, None for operations of the graph.
         flags: which bugs it is made for, see `tbq.vectors.notes`.
         comment: what the input is.
-        inputs: arrays by role: x, packed, q, p, sibling.
-        output: the role of the result: packed, y, scores, sum.
+        inputs: arrays by role: x, packed, q, p, dy, sibling.
+        output: the role of the result: packed, y, scores, sum, dx.
         expected: the result.
         taps: stages on the way: norm, coordinates, codes, scale, levels. Where there are several
             kinds of codes or several scales, those after the first are codes_KIND,
@@ -109,6 +113,9 @@ def cases(
                 yield from _BUILDERS[op](fmt, seed, size)
     if "rotation" in operations:
         yield from _rotations(seed)
+    for op in BACKWARD:
+        if op in operations:
+            yield from _backward(op, seed)
 
 
 def case_id(fmt: Format, op: str, name: str) -> str:
@@ -318,6 +325,8 @@ def _dequantize(fmt: Format, seed: int, size: str) -> Iterator[Case]:
         "random_bits": (("random_bits",), "random codes and signs, plain scales", _random_bits),
         "scales": (("scales", "subnormal", "nan"), "one special scale per block", _special_scales),
     }
+    if not (fmt.layout.scales or fmt.layout.small_scales):
+        del builders["scales"]
     for name, (flags, comment, make) in builders.items():
         key = case_id(fmt, "dequantize", name)
         bits = stream(seed, key)
@@ -333,7 +342,7 @@ def _dequantize(fmt: Format, seed: int, size: str) -> Iterator[Case]:
         if not fmt.sibling:
             blocks = as_blocks(fmt.codec, bodies(fmt.codec, packed))
             case.taps = {"levels": fmt.codec.levels(blocks)}
-        case.match = _nmse("dequantize", fmt.group_values)
+        case.match = _nmse("dequantize", unit(fmt))
         yield case
 
 
@@ -344,7 +353,7 @@ def _nmse(op: str, group: int) -> dict:
 
 
 def _encoded(fmt: Format, rows: int, bits: np.random.PCG64) -> np.ndarray:
-    return tbq.quantize(gaussian(bits, rows, 3 * fmt.group_values), fmt)
+    return tbq.quantize(gaussian(bits, rows, 3 * unit(fmt)), fmt)
 
 
 def _make_plain(fmt: Format, blocks: np.ndarray, bits: np.random.PCG64) -> None:
@@ -362,6 +371,10 @@ def _make_plain(fmt: Format, blocks: np.ndarray, bits: np.random.PCG64) -> None:
         blocks[positions] = start.astype(int) + np.arange(count) * step
         loud = gaussian(bits, n * count).reshape(blocks[values].shape)
         blocks[values] = (4 * loud).astype(np.float16)
+    if layout.small_scales:  # which of their values are plain, the encoder knows
+        encoded = tbq.quantize(gaussian(bits, n, fmt.block_values), fmt)
+        for name in layout.small_scales:
+            blocks[name] = fmt.codec.blocks(encoded)[name].reshape(blocks[name].shape)
     for name in layout.floats:
         blocks[name] = gaussian(bits, blocks[name].size).reshape(blocks[name].shape)
     for name in layout.padding:
@@ -369,7 +382,7 @@ def _make_plain(fmt: Format, blocks: np.ndarray, bits: np.random.PCG64) -> None:
 
 
 def _byte_ramp(fmt: Format, rows: int, bits: np.random.PCG64) -> np.ndarray:
-    n = 3 * fmt.codec.group_blocks * fmt.block.itemsize
+    n = 3 * (unit(fmt) // fmt.block_values) * fmt.block.itemsize
     raw = (np.arange(2 * n) * 37 + 11).astype(np.uint8).reshape(2, n)
     blocks = raw.view(fmt.block)
     _make_plain(fmt, blocks, bits)
@@ -379,7 +392,7 @@ def _byte_ramp(fmt: Format, rows: int, bits: np.random.PCG64) -> np.ndarray:
 
 
 def _random_bits(fmt: Format, rows: int, bits: np.random.PCG64) -> np.ndarray:
-    n = 3 * fmt.codec.group_blocks * fmt.block.itemsize
+    n = 3 * (unit(fmt) // fmt.block_values) * fmt.block.itemsize
     blocks = raw_bytes(bits, rows * n).reshape(rows, n).copy().view(fmt.block)
     _make_plain(fmt, blocks, bits)
     return fmt.codec.rows(blocks)
@@ -388,13 +401,14 @@ def _random_bits(fmt: Format, rows: int, bits: np.random.PCG64) -> np.ndarray:
 def _special_scales(fmt: Format, rows: int, bits: np.random.PCG64) -> np.ndarray:
     """Return encoded groups, one for each special value of each scale."""
     special = np.array(SPECIAL_SCALES, "<u2").view("<f2")
-    names = fmt.layout.scales
+    names = (*fmt.layout.scales, *fmt.layout.small_scales)
     packed = tbq.quantize(gaussian(bits, len(names) * len(special), fmt.group_values), fmt)
     raw = bodies(fmt.codec, packed)
     blocks = as_blocks(fmt.codec, raw).reshape(len(names), len(special), -1)
     for i, name in enumerate(names):
         shape = (-1, *[1] * (blocks[name][i].ndim - 1))
-        blocks[name][i] = special.reshape(shape)
+        own = special if name in fmt.layout.scales else np.linspace(0, 255, len(special))
+        blocks[name][i] = own.reshape(shape)
     return with_bodies(fmt.codec, packed, raw)
 
 
@@ -407,7 +421,7 @@ def _scores(fmt: Format, seed: int, size: str) -> Iterator[Case]:
     for keys in (6,) if size == "small" else (6, 64):
         key = case_id(fmt, "scores", f"normal_{keys}")
         bits = stream(seed, key)
-        x, q = gaussian(bits, keys, 3 * fmt.group_values), gaussian(bits, 3, 3 * fmt.group_values)
+        x, q = gaussian(bits, keys, 3 * unit(fmt)), gaussian(bits, 3, 3 * unit(fmt))
         given = {"q": q}
         if fmt.sibling:
             given["sibling"] = _sibling(fmt, x.shape, bits)
@@ -428,7 +442,7 @@ def _weighted_sum(fmt: Format, seed: int, size: str) -> Iterator[Case]:
     for keys in (6,) if size == "small" else (6, 64):
         key = case_id(fmt, "weighted_sum", f"normal_{keys}")
         bits = stream(seed, key)
-        packed = tbq.quantize(gaussian(bits, keys, 3 * fmt.group_values), fmt)
+        packed = tbq.quantize(gaussian(bits, keys, 3 * unit(fmt)), fmt)
         p = (1 + raw_bytes(bits, 3 * keys).astype(np.float32).reshape(3, keys)) / np.float32(256)
         total = tbq.weighted_sum(p, packed, fmt)
         given = {"p": p, "packed": packed}
@@ -462,6 +476,34 @@ def _rotations(seed: int) -> Iterator[Case]:
                 match=_nmse("rotation", head_dim),
                 rotation=kind,
             )
+
+
+def _backward(op: str, seed: int) -> Iterator[Case]:
+    normal = gaussian(stream(seed, f"{GRAPH}/{op}/x"), 4, 64)
+    # past 88.7 exp(-x) is infinite, past 17 the sigmoid is 1
+    ramp = np.linspace(-100, 100, 256, dtype=np.float32).reshape(64, 4).T.copy()  # all in each row
+    near = np.ldexp(normal, -20)  # gradients of nearly straight lines
+    values = {
+        "normal": (normal, ("normal", "backward"), "normal values"),
+        "ramp": (ramp, ("backward", "saturated"), "values from -100 to 100"),
+        "near_zero": (near.astype(np.float32), ("backward",), "values near zero"),
+    }
+    for name, (x, flags, comment) in values.items():
+        key = f"{GRAPH}/{op}/backward/{name}"
+        dy = gaussian(stream(seed, key), *x.shape)
+        limit, reason = NMSE["backward"]
+        yield Case(
+            key,
+            op,
+            None,
+            flags,
+            comment,
+            {"x": x, "dy": dy},
+            "dx",
+            BACKWARD[op](x, dy),
+            taps={"sigmoid": sigmoid(x)},
+            match={"mode": "nmse", "max": limit, "group": x.shape[-1], "reason": reason},
+        )
 
 
 _BUILDERS = {

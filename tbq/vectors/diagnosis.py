@@ -103,7 +103,11 @@ def diagnose(evidence: Sequence[Comparison]) -> list[Diagnosis]:
 
 
 def _rank(bug: str) -> float:
-    return BUGS.index(bug) if bug in BUGS else len(BUGS) - 2.5
+    """Return where a bug stands among others that explain as much.
+
+    A family's own predict whole outputs, which says more than that some lanes are right.
+    """
+    return BUGS.index(bug) if bug in BUGS else BUGS.index("only some lanes read") - 0.5
 
 
 def _judged(evidence: Sequence[Comparison], exactly: bool) -> Iterator[Diagnosis]:

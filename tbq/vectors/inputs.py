@@ -43,13 +43,18 @@ class Input:
     make: Callable[[Format, np.random.PCG64], np.ndarray]
 
 
+def unit(fmt: Format) -> int:
+    """Return the values of a group; of 32 where a value stands for itself."""
+    return max(fmt.group_values, 32)
+
+
 def _width(fmt: Format) -> int:
     """Return a row of an odd number of groups, so that tiles of two do not cover it."""
-    return 3 * fmt.group_values
+    return 3 * unit(fmt)
 
 
 def _one_hot(fmt: Format, bits: np.random.PCG64) -> np.ndarray:
-    n = fmt.group_values
+    n = unit(fmt)
     x = np.zeros((8, n), np.float32)
     for row, position in zip(x, (0, 1, 2, 5, n // 2 - 1, n // 2, n - 2, n - 1), strict=True):
         row[position] = 1
@@ -57,21 +62,21 @@ def _one_hot(fmt: Format, bits: np.random.PCG64) -> np.ndarray:
 
 
 def _ramp(fmt: Format, bits: np.random.PCG64) -> np.ndarray:
-    n = fmt.group_values
+    n = unit(fmt)
     up = (2 * np.arange(n, dtype=np.float32) - (n - 1)) / np.float32(n)
     return np.stack([up, up[::-1]])
 
 
 def _zeros(fmt: Format, bits: np.random.PCG64) -> np.ndarray:
     x = gaussian(bits, 3, _width(fmt))
-    x[0, : fmt.group_values] = 0
+    x[0, : unit(fmt)] = 0
     x[1] = 0
-    x[2, -fmt.group_values :] = -0.0
+    x[2, -unit(fmt) :] = -0.0
     return x
 
 
 def _ties(fmt: Format, bits: np.random.PCG64) -> np.ndarray:
-    n = fmt.group_values
+    n = unit(fmt)
     x = np.zeros((6, n), np.float32)
     x[0], x[1] = 1, -1
     x[2, ::2] = 1
@@ -84,7 +89,7 @@ def _ties(fmt: Format, bits: np.random.PCG64) -> np.ndarray:
 def _nan(fmt: Format, bits: np.random.PCG64) -> np.ndarray:
     x = gaussian(bits, 4, _width(fmt))
     x[0, 3] = np.nan
-    x[1, fmt.group_values] = np.inf
+    x[1, unit(fmt)] = np.inf
     x[2, -1] = -np.inf
     x[3, [0, 1]] = np.inf, -np.inf
     return x
@@ -93,21 +98,21 @@ def _nan(fmt: Format, bits: np.random.PCG64) -> np.ndarray:
 def _outlier(fmt: Format, bits: np.random.PCG64) -> np.ndarray:
     x = gaussian(bits, 3, _width(fmt))
     x[0, 7] *= 60
-    x[1, :: fmt.group_values] = -40
+    x[1, :: unit(fmt)] = -40
     x[2, -5:] = 25, -25, 25, 0, 25
     return x
 
 
 def _scaled(*factors: float) -> Callable[[Format, np.random.PCG64], np.ndarray]:
     def make(fmt: Format, bits: np.random.PCG64) -> np.ndarray:
-        x = gaussian(bits, len(factors), fmt.group_values)
+        x = gaussian(bits, len(factors), unit(fmt))
         return x * np.array(factors, np.float32)[:, None]
 
     return make
 
 
 def _head(width: int) -> Callable[[Format, np.random.PCG64], np.ndarray]:
-    return lambda fmt, bits: gaussian(bits, 2, math.lcm(width, fmt.group_values))
+    return lambda fmt, bits: gaussian(bits, 2, math.lcm(width, unit(fmt)))
 
 
 def inputs(size: str) -> Iterator[Input]:
@@ -132,7 +137,7 @@ def inputs(size: str) -> Iterator[Input]:
         "streams",
         ("streams", "row_index"),
         "two streams of three rows",
-        lambda fmt, bits: gaussian(bits, 2, 3, 2 * fmt.group_values),
+        lambda fmt, bits: gaussian(bits, 2, 3, 2 * unit(fmt)),
     )
     for width in HEAD_DIMS if size == "full" else (80, 192, 576):
         comment = f"rows that are a multiple of heads of {width}"

@@ -221,4 +221,4 @@ def _compare_floats(case: Case, actual: np.ndarray) -> Comparison:
 
 def format_name(fmt: Format | None, rotation: str | None) -> str:
     """Return what a case is about, for tables."""
-    return fmt.label if fmt is not None else f"graph:{rotation}"
+    return fmt.label if fmt is not None else f"graph:{rotation}" if rotation else "graph"

@@ -75,6 +75,14 @@ NOTES = {
         "bug": "a query that is not rotated, or rotated the wrong way; lanes or keys left out",
         "effect": "scores unrelated to those of the decoded keys",
     },
+    "backward": {
+        "bug": "a derivative of another function, of the output for the input, or without dy",
+        "effect": "gradients of the wrong sign, or too large by far where the sigmoid is 0 or 1",
+    },
+    "saturated": {
+        "bug": "exp(-x) that overflows and leaves NaN instead of a sigmoid of 0",
+        "effect": "NaN, or gradients that are not zero, far from zero",
+    },
 }
 HEAD_DIMS = (64, 80, 96, 112, 192, 256, 576)
 for _width in HEAD_DIMS:

@@ -241,7 +241,7 @@ def all_cells() -> dict[Cells, str]:
 
 def _norm_not_corrected(case: Case) -> Iterator[Prediction]:
     """The norm for a scale; codecs that can be told so have a mutant for it."""
-    if not _packs(case) or not _encodes(case):
+    if not _packs(case) or not _encodes(case) or not case.format.layout.scales:
         return
     codec, norm = case.format.codec, stages_of(case).norm
     if any(bug == "norm not corrected" for bug, *_ in codec.mutants()):
@@ -293,7 +293,7 @@ def _lengths(codec: Codec, raw: np.ndarray) -> np.ndarray:
 @cache
 def _restores_norm(codec: Codec) -> bool:
     """Tell whether what blocks decode to is as long as what was encoded."""
-    if len(codec.layout.scales) > 1:
+    if len(codec.layout.scales) != 1:
         return False
     x = gaussian(np.random.PCG64(0), 4, codec.group_values)
     raw = codec.quantize(x, np.arange(len(x))).view(np.uint8)
@@ -488,7 +488,8 @@ def _field_order(case: Case) -> Iterator[Prediction]:
     codec = case.format.codec
     names = codec.layout.dtype.names
     orders = {}
-    scales = [name for name in names if name in codec.layout.scales]
+    first = (*codec.layout.scales, *codec.layout.small_scales)
+    scales = [name for name in names if name in first]
     rest = [name for name in names if name not in scales]
     ahead, behind = (*scales, *rest), (*rest, *scales)
     orders[behind if names[0] in scales else ahead] = "scale at the other end"
