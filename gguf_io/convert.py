@@ -24,6 +24,7 @@ from gguf_io.writer import OutputTensor, file_dialect, write_gguf, write_gguf_sh
 from tbq import Format, ValueOverflowError
 from tbq.api import index_step
 from tbq.quality import Distortion
+from tbq.registry import writers
 
 # Float32 values that are held at a time.
 CHUNK_VALUES = 1 << 21
@@ -120,7 +121,10 @@ def llama_quantize_order(file: GgufFile) -> list[GgufTensor]:
 
 
 def model_metadata(
-    file: GgufFile, target: TensorType | None, changes: Mapping[str, Field] | None = None
+    file: GgufFile,
+    target: TensorType | None,
+    changes: Mapping[str, Field] | None = None,
+    mixture: str = "",
 ) -> dict[str, Any]:
     """Copy a file's metadata and set what llama-quantize sets, where it sets it: at the end.
 
@@ -129,7 +133,7 @@ def model_metadata(
     fields = dict(file.metadata.fields)
     version = Field.of(QUANTIZATION_VERSION, GGUFValueType.UINT32)
     kept = fields.pop("general.file_type", None)
-    number = file_type(target) if target is not None else None
+    number = file_type(target, mixture) if target is not None else None
     stated = Field.of(number, GGUFValueType.UINT32) if number is not None else None
     fields.pop("general.quantization_version", None)
     fields["general.quantization_version"] = version
@@ -146,6 +150,7 @@ def write_model(
     outputs: Sequence[Path],
     target: TensorType | None,
     *,
+    mixture: str = "",
     metadata: Mapping[str, Field] | None = None,
     dialect: str | None = None,
     keep_split: bool = False,
@@ -161,6 +166,7 @@ def write_model(
         outcomes: what `plan_model` returned.
         outputs: the file, or with `keep_split` the shards, as many as the source has.
         target: the type that the file is said to be mostly of; None: what the source says.
+        mixture: which of the target's mixtures it is said to be, see `type_policy.Options`.
         metadata: fields to set, whatever the source has.
         dialect: whose type ids are written; if omitted, the newest release's of the formats.
         keep_split: whether tensors stay in the shards that they are in.
@@ -179,7 +185,7 @@ def write_model(
         file.check_unchanged()
         refuse_overflow(outcomes, allow_overflow)
 
-    fields = model_metadata(file, target, metadata)
+    fields = model_metadata(file, target, metadata, mixture)
     tensors = [_output_tensor(outcome, threads, done, advance) for outcome in outcomes]
     if not keep_split:
         write_gguf(outputs[0], fields, tensors, dialect, approve=approve)
@@ -260,9 +266,16 @@ def _converted(outcome: Outcome, piece: Piece, threads: int | None) -> np.ndarra
     first = piece.rows.start * index_step(outcome.type, outcome.tensor.ggml_shape[0])
     first += piece.values.start // outcome.type.group_values
     position = first if index_step(outcome.type, x.shape[-1]) else 0
-    packed = tbq.quantize(x, outcome.type, first_block=position, threads=threads)
+    writer = _writer(outcome.type)
+    packed = tbq.quantize(x, writer, first_block=position, threads=threads)
     outcome.overflowed += overflowed(x, packed, outcome.type)
     return packed
+
+
+def _writer(kind: TensorType) -> TensorType:
+    """Return llama-quantize's own writer of a type where ggml has two."""
+    found = writers(kind) if kind.is_ggml else []
+    return next((fmt for fmt in found if fmt.dialect.startswith("llama-quantize")), kind)
 
 
 def verify_model(
@@ -295,13 +308,16 @@ def verify_model(
 def state_outcomes(plan: Plan) -> list[Outcome]:
     """Return what becomes of each tensor of a dump that has bytes."""
     return [
-        Outcome(c.tensor, c.format, c.converts, c.n_bytes, _rotation_note(c))
+        Outcome(c.tensor, c.format, c.converts, c.n_bytes, _note(c))
         for c in plan.conversions.values()
         if c.tensor.n_bytes
     ]
 
 
-def _rotation_note(c: Conversion) -> str:
+def _note(c: Conversion) -> str:
+    before, after = c.tensor.stored_head, c.stored_head
+    if before != after:
+        return f"heads of {c.tensor.head_dim} values take {after} in a row, not {before}"
     if c.converts and c.format == c.tensor.format:
         kind = c.rotation.kind if c.rotation else "none"
         return f"type {c.format.name} stays, its rotation becomes {kind}"
@@ -318,7 +334,8 @@ def verify_state(
     """Compare every tensor of a written dump with its source, and keep what is found."""
     for outcome in outcomes:
         source, copy = outcome.tensor, written.tensors[outcome.tensor.name]
-        wide = 0 if isinstance(source.format, Unknown) else source.n_embd
+        unknown = isinstance(source.format, Unknown)
+        wide = 0 if unknown else max(source.n_embd, copy.n_embd)
         step = max(1, CHUNK_VALUES // (wide or source.row_bytes))
         distortion, outcome.identical = Distortion(), True
         for start in range(0, source.n_cells, step):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import gguf
 
+from gguf_io.mixtures import Mixture
 from gguf_io.reader import GgufFile, GgufTensor
 from gguf_io.types import FLOAT_TYPES, PLAIN_TYPES, TensorType, can_quantize, resolve_type
 from tbq import BackendError, Format, InputError, counterpart, repackable
@@ -57,14 +58,23 @@ LEFT_ALONE = (
 LEFT_ALONE_NAMES = ("position_embd.weight", "token_types.weight")
 OUTPUT = "output.weight"
 TOKEN_EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
-ATTENTION_V = ("attn_qkv.weight", "attn_kv_b.weight", "attn_v.weight")
-ATTENTION_K = "attn_k.weight"
 
 # What a type falls back to when its blocks do not divide the row; f16 if that does not fit either.
-FALLBACK = {"tq1_0": "q4_0", "tq2_0": "q4_0", "q4_K": "q5_0", "q6_K": "q8_0"}
+FALLBACK = {
+    "tq1_0": "q4_0",
+    "tq2_0": "q4_0",
+    "q2_0": "q4_0",
+    "q2_K": "q4_0",
+    "q3_K": "q4_0",
+    "q4_K": "q5_0",
+    "q5_K": "q5_1",
+    "q6_K": "q8_0",
+}
 
 # Names of llama.cpp's file types where they are not MOSTLY_ plus the name of the type.
-FILE_TYPE_NAMES = {"f32": "ALL_F32", "mxfp4": "MOSTLY_MXFP4_MOE"}
+FILE_TYPE_NAMES = {"f32": "ALL_F32", "mxfp4": "MOSTLY_MXFP4_MOE"} | {
+    f"{name}_K": f"MOSTLY_{name.upper()}_K_M" for name in ("q3", "q4", "q5")
+}
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,8 @@ class Options:
         include, exclude: patterns of which one, or none, must be found in a name.
         allow_requantize: allow quantised tensors to be quantised again.
         to: the dialect, `dialect[@release]`, whose formats tensors of other forks' are given.
+        mixture: which of `gguf_io.mixtures` is meant where there are several of the target, such
+            as "q4_k_s"; by default the one that llama-quantize calls so.
     """
 
     target: Format | None
@@ -92,6 +104,7 @@ class Options:
     exclude: Sequence[re.Pattern] = ()
     allow_requantize: bool = False
     to: str | None = None
+    mixture: str = ""
 
 
 @dataclass(frozen=True)
@@ -116,19 +129,22 @@ def choose_types(file: GgufFile, options: Options, order: Iterable[GgufTensor]) 
         InputError: a type does not fit a row and nothing may replace it, a quantised tensor would
             be quantised again, or a tensor that has to be converted cannot be decoded.
         BackendError: gguf-py cannot produce a type that was asked for.
+        FileFormatError: a mixture needs metadata that the file has not.
     """
     for kind in _asked_for(options):
         if kind.sibling:
             need = f"a format that stands alone: its codes live in a sibling {kind.sibling} row"
             raise InputError("TYPE", kind.label, need)
-    return [_choose(file, options, tensor) for tensor in order]
+    mixture = Mixture(options.target.name, options.mixture, file) if options.target else None
+    return [_choose(file, options, mixture, tensor) for tensor in order]
 
 
-def file_type(target: Format) -> int | None:
+def file_type(target: Format, mixture: str = "") -> int | None:
     """Return llama.cpp's number for a file that is mostly of this type; None if it has none."""
     if not target.is_ggml:
         return get_dialect(target.dialect).file_type(target)
     name = FILE_TYPE_NAMES.get(target.name, f"MOSTLY_{target.name.upper()}")
+    name = f"MOSTLY_{mixture.upper()}" if mixture else name
     number = getattr(gguf.LlamaFileType, name, None)
     return None if number is None else int(number)
 
@@ -154,7 +170,9 @@ def left_alone(tensor: GgufTensor, options: Options) -> str:
     return ""
 
 
-def _choose(file: GgufFile, options: Options, tensor: GgufTensor) -> Choice:
+def _choose(
+    file: GgufFile, options: Options, mixture: Mixture | None, tensor: GgufTensor
+) -> Choice:
     moved = options.to is not None and tensor.format.dialect not in (None, GGML)
     if moved and options.target is None:
         return _moved(tensor, options.to)
@@ -164,14 +182,11 @@ def _choose(file: GgufFile, options: Options, tensor: GgufTensor) -> Choice:
         return Choice(
             tensor, tensor.format, f"left alone: {tensor.format.name} is no weight's type"
         )
-    choice = _target(file, options, tensor)
+    choice = _target(file, options, mixture, tensor)
     if not choice.converts:
         return choice
     if not can_quantize(choice.type):
-        if choice.type in _asked_for(options):
-            raise BackendError("gguf-py", f"cannot quantise to {choice.type.name} ({tensor.name})")
-        note = f"llama-quantize would choose {choice.type.name}, which gguf-py cannot produce"
-        return Choice(tensor, tensor.format, f"{note}; kept as {tensor.format.name}")
+        raise BackendError("gguf-py", f"cannot quantise to {choice.type.name} ({tensor.name})")
     if tensor.row_values % choice.type.group_values:
         got = f"rows of {tensor.row_values} values"
         need = f"a multiple of {choice.type.group_values} for {choice.type.name}"
@@ -208,7 +223,7 @@ def _asked_for(options: Options) -> list[TensorType]:
     return [kind for kind in (*named, *(kind for _, kind in options.overrides)) if kind]
 
 
-def _target(file: GgufFile, options: Options, tensor: GgufTensor) -> Choice:
+def _target(file: GgufFile, options: Options, mixture: Mixture, tensor: GgufTensor) -> Choice:
     if tensor.name in TOKEN_EMBEDDINGS and options.embedding_type is not None:
         return Choice(tensor, options.embedding_type)
     if tensor.name == OUTPUT and options.output_type is not None:
@@ -219,31 +234,28 @@ def _target(file: GgufFile, options: Options, tensor: GgufTensor) -> Choice:
         if pattern.search(tensor.name):
             note = f"manual override: {options.target.name} -> {kind.name}"
             return _fitting(tensor, kind, note if kind != options.target else "")
-    return _fitting(tensor, _mixture(file, options, tensor), "")
+    return _fitting(tensor, _mixed(file, options, mixture, tensor), "")
 
 
-def _mixture(file: GgufFile, options: Options, tensor: GgufTensor) -> TensorType:
+def _mixed(file: GgufFile, options: Options, mixture: Mixture, tensor: GgufTensor) -> TensorType:
     """The type that the target's mixture has for a tensor, before its shape is looked at."""
     target, name = options.target, tensor.name
-    architecture = file.architecture
-    eight_experts = file.metadata.number(f"{architecture}.expert_count") == 8
     tied = OUTPUT not in file.tensors
     if name == OUTPUT or (tied and name in TOKEN_EMBEDDINGS):
         if options.output_type is not None:
             return options.output_type
         fits = tensor.row_values % target.group_values == 0
-        if target.name in ("q8_0", "mxfp4") or architecture == "falcon" or not fits:
+        if target.name in ("q8_0", "mxfp4") or file.architecture == "falcon" or not fits:
             return resolve_type("q8_0")
         return resolve_type("q6_K")
     if target.name == "mxfp4":
         experts = len(tensor.ggml_shape) > 2 and tensor.ggml_shape[2] > 1
         return target if experts else resolve_type("q8_0")
     if name in TOKEN_EMBEDDINGS:
-        as_tbq = not target.is_ggml or target.name in ("tq1_0", "tq2_0")
+        as_tbq = not target.is_ggml or target.name in ("tq1_0", "tq2_0", "q2_0")
         return resolve_type("q4_K") if as_tbq else target
-    if eight_experts and any(part in name for part in (*ATTENTION_V, ATTENTION_K)):
-        return resolve_type("q8_0")
-    return target
+    kind = mixture.type_of(name)
+    return target if kind == target.name else resolve_type(kind)
 
 
 def _fitting(tensor: GgufTensor, kind: TensorType, note: str) -> Choice:

@@ -28,7 +28,7 @@ from gguf_io.reader import PIECE_BYTES, SET_KEY, SPLIT_KEYS, GgufTensor, split_p
 from gguf_io.types import TensorType, Unknown, resolve_type, row_bytes
 from tbq import Format, InputError
 from tbq.format import GGML
-from tbq.registry import get_dialect, split_dialect, type_id
+from tbq.registry import get_dialect, split_dialect, type_id, undisputed
 
 GGUF_VERSION = 3
 _FIXED_BYTES = 24  # magic, version and two counts, before the first field
@@ -173,7 +173,7 @@ Place = tuple[str, str] | None  # the dialect and release whose ids are written
 def file_dialect(types: Iterable[TensorType], given: str | None = None) -> Place:
     """Return the dialect and the release in which all of `types` have an id.
 
-    None if ggml's own ids do and nothing else is asked for.
+    None if ids that mean the same everywhere do and nothing else is asked for.
 
     Raises:
         InputError: there are types of several dialects, or an Unknown type beside one, whose ids
@@ -189,14 +189,23 @@ def file_dialect(types: Iterable[TensorType], given: str | None = None) -> Place
     if found and foreign:
         got = f"{foreign[0].name} beside formats of {found[0]}"
         raise InputError("tensors", got, "type ids that all belong to one dialect")
-    name, release = (found[0] if found else None), None
+    name, release = (found[0] if found else GGML), None
     if given is not None:
         dialect, release = split_dialect(given)
         if found and found[0] != dialect.name:
             need = f"{found[0]}, the dialect of the tensors' formats"
             raise InputError("dialect", known_dialect(given), need)
-        name = dialect.name if dialect.name != GGML else None
-    return None if name is None else (name, _release(name, release, types))
+        name = dialect.name
+    if name == GGML and not any(_needs_dialect(kind) for kind in types):
+        return None
+    return name, _release(name, release, types)
+
+
+def _needs_dialect(kind: TensorType) -> bool:
+    """Tell whether a type is known, and its id means something else elsewhere."""
+    if isinstance(kind, Unknown):
+        return False
+    return not kind.is_ggml or undisputed(type_id(kind)) is not kind
 
 
 def _release(name: str, release: str | None, types: list[TensorType]) -> str:
@@ -230,7 +239,7 @@ def _labelled(
 ) -> dict[str, Field]:
     """Make the file say which dialect and release its type ids belong to."""
     fields = dict(fields)
-    own = [t.format for t in tensors if isinstance(t.format, Format) and not t.format.is_ggml]
+    own = [t.format for t in tensors if _needs_dialect(t.format)]
     if own:
         sources = "; ".join(dict.fromkeys(kind.source for kind in own))
         values = (*place, sources, _package_version())

@@ -243,9 +243,13 @@ def test_every_ggml_type_that_gguf_py_can_write_reads_back(tmp_path, rng):
     writer.add_array("list", [1, 2, 3])
     expected = {}
     for kind in get_dialect("ggml").formats:
-        if gguf_io.types.can_quantize(kind):
-            qtype = gguf.GGMLQuantizationType(type_id(kind))
-            packed = gguf.quantize(x, qtype)
+        qtype = getattr(gguf.GGMLQuantizationType, kind.name.upper(), None)
+        if qtype is not None:
+            try:
+                packed = gguf.quantize(x, qtype)
+            except NotImplementedError:
+                continue
+            assert type_id(kind) == qtype
             writer.add_tensor(kind.name, packed, raw_dtype=qtype)
             expected[kind.name] = gguf.dequantize(packed, qtype)
     writer.write_header_to_file()

@@ -39,6 +39,9 @@ def written(path):
         (["OUT", "copy"], "f32", 0),
         (["OUT", "0"], "f32", 0),
         (["OUT", "MXFP4_MOE"], "q8_0", 38),
+        (["OUT", "Q4_K_M"], "q4_K", 15),
+        (["OUT", "14", "2"], "q4_K", 14),
+        (["OUT", "Q5_K"], "q5_K", 17),
     ],
 )
 def test_types_and_threads(source, tmp_path, quantize, words, kind, file_type):
@@ -110,14 +113,15 @@ def test_flags_about_importance_data_are_taken_and_said_to_be_idle(source, tmp_p
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["OUT", "Q4_K_M"], 4, "cannot produce Q4_K_M, a mixture of K- or IQ-quants"),
-        (["OUT", "15"], 4, "cannot produce Q4_K_M"),
-        (["OUT", "q4_k"], 4, "cannot quantise to q4_K"),
+        (["OUT", "IQ3_M"], 4, "cannot produce IQ3_M, whose types"),
+        (["OUT", "27"], 4, "of mixtures there are Q3_K_S, Q3_K_M"),
+        (["OUT", "Q2_K_S"], 4, "cannot produce Q2_K_S, whose types, or weights of errors"),
+        (["OUT", "iq3_s"], 4, "cannot quantise to iq3_s"),
         (["OUT", "9999"], 2, "no format is called '9999'"),
         (["OUT", "q8_0", "x"], 2, "need INPUT [OUTPUT] TYPE [NTHREADS]"),
         (["OUT", "q8_0", "0"], 2, "at least 1"),
         (["--threads", "2", "OUT", "q8_0", "3"], 2, "the same as --threads 2"),
-        (["--imatrix", "x", "OUT", "q8_0"], 2, "weighs its errors by an importance matrix"),
+        (["--imatrix", "x", "OUT", "q8_0"], 2, "encoded with the weights of an importance matrix"),
         (["--prune-layers", "1", "OUT", "q8_0"], 2, "left out by llama-quantize only"),
         (["--tensor-type-file", "gone", "OUT", "q8_0"], 3, "gone"),
         (["--override-kv", "a=int:x", "OUT", "q8_0"], 2, "a number of 32 bits"),
@@ -147,3 +151,18 @@ def test_what_is_offered_instead_can_be_written(wanted):
         fmt = gguf_io.resolve_type(name)
         assert gguf_io.types.can_quantize(fmt)
         assert not fmt.sibling
+
+
+def test_models_have_llama_quantizes_iq4_nl(quantize, tmp_path):
+    out = tmp_path / "o.gguf"
+    for mixed in ([], ["--pure"]):
+        code, _, err = quantize(*mixed, SAMPLES / "small.f32.gguf", out, "iq4_nl")
+        assert code == 0, err
+        with gguf_io.open_gguf(SAMPLES / "small.f32.gguf") as a, gguf_io.open_gguf(out) as b:
+            assert "tbq.dialect" not in b.metadata
+            mine = [t for t in b.tensors.values() if t.format.name == "iq4_nl"]
+            assert len(mine) >= 2
+            for t in mine:
+                x = a.tensors[t.name].dequantize()
+                packed = tbq.quantize(x, "llama-quantize:iq4_nl")
+                assert packed.tobytes() == t.raw.tobytes()

@@ -20,12 +20,24 @@ if TYPE_CHECKING:
 COPY = "COPY"  # llama-quantize's TYPE that leaves every tensor as it is
 # Flags of llama-quantize that cannot be carried out here, and why.
 REFUSED = {
-    "imatrix": "nothing: no format here weighs its errors by an importance matrix; llama-quantize "
-    "does for K- and IQ-quants",
+    "imatrix": "nothing: no format here is encoded with the weights of an importance matrix; "
+    "llama-quantize does that for K- and IQ-quants",
     "prune_layers": "nothing: layers are left out by llama-quantize only; convert its output",
 }
-# A file type whose name is not that of the type it is made of.
-FILE_TYPE_ALIASES = {"mxfp4_moe": "mxfp4"}
+# File types that are mixtures, and the type of most of their tensors; of what the others get see
+# `gguf_io.mixtures`. Q2_K_S is missing: llama-quantize does not make it without an importance
+# matrix.
+MIXTURES = {
+    "q3_k_s": "q3_K",
+    "q3_k_m": "q3_K",
+    "q3_k_l": "q3_K",
+    "q4_k_s": "q4_K",
+    "q4_k_m": "q4_K",
+    "q5_k_s": "q5_K",
+    "q5_k_m": "q5_K",
+}
+# File types whose names are not those of the types they are made of.
+FILE_TYPE_ALIASES = {"mxfp4_moe": "mxfp4"} | MIXTURES
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -83,6 +95,9 @@ def name_operands(args: argparse.Namespace) -> None:
         if not rest:
             _refuse_operands(args, "INPUT OUTPUT [TYPE] with --to-dialect")
         rest.append(COPY)
+    versioned = getattr(args, "state_version", None) is not None and len(rest) == 1
+    if versioned and not _names_type(rest[0], args.to_dialect or args.dialect):
+        rest.append(COPY)
     count = bool(rest) and rest[-1].isdecimal() and rest[-1].isascii()
     place = args.to_dialect or args.dialect
     if len(rest) == 3 and count or len(rest) == 2 and count and _names_type(rest[0], place):
@@ -123,7 +138,7 @@ def target_type(text: str, dialect: str | None = None) -> tbq.Format | None:
 
     Raises:
         UnknownFormatError, AmbiguousTypeError: nothing, or more than one, is called so.
-        BackendError: it is a mixture that gguf-py cannot produce.
+        BackendError: it is a mixture that cannot be produced.
     """
     from gguf_io import resolve_type
 
@@ -137,17 +152,33 @@ def target_type(text: str, dialect: str | None = None) -> tbq.Format | None:
     except UnknownFormatError:
         if _is_file_type(name):
             reason = (
-                f"cannot produce {text.upper()}, a mixture of K- or IQ-quants; llama-quantize can"
+                f"cannot produce {text.upper()}, whose types, or weights of errors, are "
+                f"llama-quantize's alone; of mixtures there are {', '.join(MIXTURES).upper()}"
             )
             raise BackendError("gguf-py", reason) from None
         raise
 
 
-def _is_file_type(name: str) -> bool:
+def mixture(text: str) -> str:
+    """Return the mixture that TYPE means, such as "q4_k_m"; empty if it names a type."""
+    name = text.strip().lower()
+    if name.isdecimal() and name.isascii():
+        numbers = {number: name for name, number in _file_types().items()}
+        name = numbers.get(int(name), "")
+    return name if name in MIXTURES else ""
+
+
+def _file_types() -> dict[str, int]:
+    """Return the numbers of llama.cpp's file types by name."""
     import gguf
 
-    names = {member.name.removeprefix("MOSTLY_").lower() for member in gguf.LlamaFileType}
-    return name in names
+    return {
+        member.name.removeprefix("MOSTLY_").lower(): int(member) for member in gguf.LlamaFileType
+    }
+
+
+def _is_file_type(name: str) -> bool:
+    return name in _file_types()
 
 
 def _by_number(number: int, dialect: str | None) -> tbq.Format:

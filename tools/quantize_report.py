@@ -117,8 +117,9 @@ def report(job: Job) -> None:
     if any(result.distortion is not None or result.identical is not None for result in job.results):
         _print_verification(job)
     for name, size in sizes.items():
-        bits = 8 * size / values if values else 0.0
-        print(f"{name} size  = {size / MIB:8.2f} MiB ({bits:.2f} BPW)")
+        bits = _bits(job, size, values)
+        bits = "unknown" if bits is None else f"{bits:.2f}"
+        print(f"{name} size  = {size / MIB:8.2f} MiB ({bits} BPW)")
     fallbacks = sum(result.fallback for result in job.results)
     if fallbacks:
         text = f"{fallbacks} of {len(tensors)} tensor(s) required fallback quantization"
@@ -127,6 +128,12 @@ def report(job: Job) -> None:
         print("dry run: nothing was written")
     else:
         console.say(f"wrote {', '.join(map(str, job.outputs))}")
+
+
+def _bits(job: Job, size: int, values: int) -> float | None:
+    """Return the bits per value of a file; None with a type of which only the room is known."""
+    unknown = any(result.type.dialect is None for result in job.results)
+    return 8 * size / values if values and not unknown else None
 
 
 def _print_verification(job: Job) -> None:
@@ -151,8 +158,8 @@ def _json(job: Job, values: int, sizes: dict[str, int]) -> dict:
         "values": values,
         "model_bytes": sizes["model"],
         "quant_bytes": sizes["quant"],
-        "model_bpw": 8 * sizes["model"] / values if values else None,
-        "quant_bpw": 8 * sizes["quant"] / values if values else None,
+        "model_bpw": _bits(job, sizes["model"], values),
+        "quant_bpw": _bits(job, sizes["quant"], values),
         "fallbacks": sum(result.fallback for result in job.results),
         "notes": job.notes,
     }
