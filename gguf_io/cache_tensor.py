@@ -10,7 +10,7 @@ import numpy as np
 import tbq
 from gguf_io.identify import DialectChoice, undecodable
 from gguf_io.mapped import MappedFile
-from gguf_io.state_parser import Rows
+from gguf_io.state_records import Rows
 from gguf_io.types import TensorType, Unknown, dequantize_rows
 from tbq import InputError
 
@@ -32,8 +32,10 @@ class CacheTensor:
         format: its type: a tbq.Format, or Unknown.
         parts: the records it consists of, one per stream that has cells.
         transposed: whether the file holds it column by column.
-        n_embd: values per row; None if the type's size is not known.
-        head_dim: values per head; None for R and S, and where n_embd is.
+        n_embd: values per row, padding included; None if the type's size is not known.
+        head_dim: the model's values per head; None for R and S, and where n_embd is.
+        stored_head: values per head in a row: head_dim and what the fork's cache pads it with.
+        head_told: whether the caller or the model said how wide heads are; else it is assumed.
         rotation: what the graph did to each head before it was stored; None if nothing.
         sibling: the previous layer, whose codes this one borrows (xktq2_1); else None.
     """
@@ -47,6 +49,8 @@ class CacheTensor:
     transposed: bool
     n_embd: int | None
     head_dim: int | None
+    stored_head: int | None
+    head_told: bool
     rotation: tbq.Rotation | None
     sibling: CacheTensor | None
     _map: MappedFile = field(repr=False)
@@ -85,7 +89,12 @@ class CacheTensor:
     @property
     def n_head(self) -> int | None:
         """The number of key or value heads."""
-        return self.n_embd // self.head_dim if self.head_dim else None
+        return self.n_embd // self.stored_head if self.stored_head else None
+
+    @property
+    def row_values(self) -> int | None:
+        """The model's values per row, without padding; None if the type's size is not known."""
+        return self.n_head * self.head_dim if self.n_head else self.n_embd
 
     def raw(self, part: int = 0) -> np.ndarray:
         """Return a view of one stream's bytes: (cells, row_bytes), transposed (n_embd, column).
@@ -170,7 +179,8 @@ class CacheTensor:
     ) -> np.ndarray:
         """Dequantise rows [start, stop) to float32 (rows, n_head, head_dim), the rotation undone.
 
-        R and S, which have no heads, come back as (rows, 1, n_embd). Errors as for `stored`.
+        Padding is left out. R and S, which have no heads, come back as (rows, 1, n_embd). Errors as
+        for `stored`.
         """
         return self._unrotate(self.stored(start, stop, threads=threads))
 
@@ -209,5 +219,7 @@ class CacheTensor:
         return dequantize_rows(rows, self.format, threads=threads)
 
     def _unrotate(self, stored: np.ndarray) -> np.ndarray:
-        heads = stored.reshape(len(stored), self.n_head or 1, self.head_dim or self.n_embd)
+        heads = stored.reshape(len(stored), self.n_head or 1, self.stored_head or self.n_embd)
+        if self.stored_head != self.head_dim:
+            heads = np.ascontiguousarray(heads[..., : self.head_dim])
         return heads if self.rotation is None else self.rotation.inverse(heads)

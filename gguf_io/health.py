@@ -9,6 +9,7 @@ import numpy as np
 from gguf_io.types import FLOAT_TYPES, TensorType, Unknown
 from tbq import Format
 from tbq.api import index_step
+from tbq.codec import Layout
 
 # float16: the largest number, the smallest normal one
 FP16_MAX = 65504.0
@@ -42,6 +43,7 @@ class BlockHealth:
     nonfinite_values: int = 0
     anomalies: dict[str, int] = field(default_factory=dict)
     histograms: dict[str, np.ndarray] = field(default_factory=dict)
+    spare_codes: frozenset[int] = frozenset()
 
     def add(self, rows: np.ndarray, kind: TensorType, first_row: int) -> None:
         """Look at rows, uint8 (n, row_bytes), of which the first is row `first_row` of a tensor."""
@@ -73,7 +75,10 @@ class BlockHealth:
 
     def _add_blocks(self, blocks: np.ndarray, fmt: Format, index: np.ndarray) -> None:
         codec = fmt.codec
-        live = self._add_scales(blocks, fmt.layout.scales)
+        small = self.subnormal_scales
+        live = self._add_scales(blocks, fmt.layout)
+        if codec.sub_scales:  # which such a scale is a small part of: it is often subnormal
+            self.subnormal_scales = small
         for name, found in codec.anomalies(blocks, index).items():
             self.anomalies[name] = self.anomalies.get(name, 0) + int(found.sum())
         if not codec.signed_scales:
@@ -82,14 +87,18 @@ class BlockHealth:
                 negative |= np.signbit(blocks[name])
             name = "scales with a sign"
             self.anomalies[name] = self.anomalies.get(name, 0) + int(negative.sum())
+        self.spare_codes |= codec.spare_codes
         for name, (codes, count) in codec.codes(blocks[live]).items():
-            self._count(name, codes[:, : codec.coded_values], count)
+            if name not in codec.sub_scales:
+                self._count(name, codes[:, : codec.coded_values], count)
 
-    def _add_scales(self, blocks: np.ndarray, scales: tuple[str, ...]) -> np.ndarray:
+    def _add_scales(self, blocks: np.ndarray, layout: Layout) -> np.ndarray:
         """Count what the scales tell; returns which blocks are not zero."""
-        zero = np.ones(len(blocks), bool)
+        zero = np.full(len(blocks), bool(layout.scales or layout.small_scales))
+        for name in layout.small_scales:
+            zero &= ~blocks[name].reshape(len(blocks), -1).any(axis=1)
         bad, large, small = (np.zeros(len(blocks), bool) for _ in range(3))
-        for name in scales:
+        for name in layout.scales:
             scale = np.abs(blocks[name].astype(np.float32))
             zero &= scale == 0
             bad |= ~np.isfinite(scale)
@@ -109,9 +118,9 @@ class BlockHealth:
 
     @property
     def dead_codes(self) -> int:
-        """Codes that never occur although enough were seen."""
+        """Codes that never occur although enough were seen, and encoders write them."""
         return sum(
-            int((counts == 0).sum())
+            int((np.delete(counts, [c for c in self.spare_codes if c < len(counts)]) == 0).sum())
             for counts in self.histograms.values()
             if counts.sum() >= ENOUGH_PER_CODE * len(counts) and len(counts) < 256
         )

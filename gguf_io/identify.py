@@ -25,7 +25,7 @@ from tbq import (
     TbqError,
 )
 from tbq.dialect import Dialect, Release
-from tbq.registry import dialects, get_dialect, meaning, meanings, split_dialect
+from tbq.registry import dialects, get_dialect, meaning, split_dialect, undisputed
 
 DIALECT_KEY = "tbq.dialect"
 RELEASE_KEY = "tbq.release"
@@ -55,8 +55,8 @@ class DialectChoice:
 
     def type_of(self, type_id: int) -> TensorType:
         """Return what a type id means; Unknown if that depends on a dialect that is not known."""
-        if self.dialect is None and _is_disputed(type_id):
-            return Unknown(type_id)
+        if self.dialect is None:
+            return undisputed(type_id) or Unknown(type_id)
         return meaning(type_id, self.dialect, self.release) or Unknown(type_id)
 
 
@@ -187,11 +187,11 @@ def identify(
             raise FileFormatError(path, None, f"dialect {given} does not fit: {reason}")
         ((_, best), *_), _ = misfits.cleanest(found)
         return DialectChoice(dialect.name, "given by the caller", release=best.name)
-    disputed = [i for i in ids if _is_disputed(i)]
+    disputed = [i for i in ids if undisputed(i) is None]
+    if stated is not None and (disputed or _lists(stated[0], ids)):
+        return _stated(stated, misfits)
     if not disputed:
         return DialectChoice(None, "every type id means the same in all dialects")
-    if stated is not None:
-        return _stated(stated, misfits)
     allowed = dialects() if among is None else tuple(among)
     return _guess(misfits, allowed, disputed)
 
@@ -223,19 +223,13 @@ def undecodable(kind: Unknown, what: str, choice: DialectChoice) -> TbqError:
     return InputError(f"tensor {what!r}", got, "a type that can be decoded")
 
 
-def _is_disputed(type_id: int) -> bool:
-    """Tell whether an id means more than what it means in ggml, or nothing known."""
-    found = meanings(type_id)
-    return not found or not all(fmt.is_ggml for _, _, fmt in found)
-
-
 class _Misfits:
     """Why the rows of a file cannot be what a release says, each type looked at once."""
 
     def __init__(self, stored: Sequence[StoredRows]) -> None:
         self.stored = stored
         self.disputed = {rows.type_id: rows.where for rows in reversed(stored)}
-        self.disputed = {i: w for i, w in self.disputed.items() if _is_disputed(i)}
+        self.disputed = {i: w for i, w in self.disputed.items() if undisputed(i) is None}
         self._reasons: dict[tuple[int, str], str | None] = {}
 
     def of(self, dialect: Dialect, release: Release) -> str | None:
@@ -288,6 +282,13 @@ class _Misfits:
             if len(found) > 1:
                 found = [(d, r) for d, r in found if not doubtful(d, r)] or found
         return found, len(found) < before
+
+
+def _lists(name: object, ids: Sequence[int]) -> bool:
+    """Tell whether a dialect of this name has a type of its own under some of these ids."""
+    if not isinstance(name, str) or name not in dialects():
+        return False
+    return any(i in release.types for release in get_dialect(name).releases for i in ids)
 
 
 def _stated(stated: tuple[object, object], misfits: _Misfits) -> DialectChoice:

@@ -10,65 +10,36 @@ from __future__ import annotations
 
 import os
 import struct
-from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from gguf_io.cache_tensor import CacheTensor
-from gguf_io.graph_rotation import RotationChoice, choose_rotation
+from gguf_io.graph_rotation import Graph, RotationChoice, choose_rotation
 from gguf_io.identify import DialectChoice, StoredRows, identify, known_dialect
 from gguf_io.mapped import MappedFile, map_file
+from gguf_io.memory_classes import NAMES, Part, parts_of
 from gguf_io.model_shape import ModelShape, model_shape
 from gguf_io.parser import MAGIC as GGUF_MAGIC
 from gguf_io.reader import GgufFile
-from gguf_io.state_parser import (
-    BLOB_MAGIC,
+from gguf_io.state_buun import is_resume_file
+from gguf_io.state_choice import Choice, choose_reading, has_zero_values
+from gguf_io.state_container import MAGICS, containers
+from gguf_io.state_parser import readings
+from gguf_io.state_records import (
     DEFERRED_STATES,
-    MEMORY_CLASSES,
-    SEQUENCE_MAGIC,
-    SESSION_MAGIC,
     Cells,
-    Cursor,
+    CompressedMemory,
+    IkMemory,
     KvMemory,
-    Layout,
-    Mismatch,
     Reading,
     RecurrentMemory,
     Rows,
-    readings,
 )
-from gguf_io.types import TensorType, Unknown
-from tbq import AmbiguousTypeError, FileFormatError, Format, InputError
-from tbq.registry import dialects, get_dialect, split_dialect
+from gguf_io.state_views import ABSENT, Heads, cache_tensors, rotated
+from gguf_io.types import dequantize_rows
+from tbq import FileFormatError, InputError, TbqError
+from tbq.registry import dialects, get_dialect, meaning, split_dialect
 
-# A version does not tell the forks apart: each wrote other bytes under these numbers.
-VERSIONS = {SESSION_MAGIC: (9,), SEQUENCE_MAGIC: (2,)}
-# Assumed where neither the caller nor a model says: most models have it.
-USUAL_HEAD_DIMS = (128, 64)
-# The first token of a list that llama-server serialised with its media chunks.
-SERVER_TOKENS = -1
-
-
-@dataclass(frozen=True)
-class Container:
-    """What stands around the memory.
-
-    Attributes:
-        kind: "session" (GGSN), "sequence" (GGSQ), "sequence blob" or "state blob".
-        version: the file's version, None for blobs.
-        tokens: int32 view, None for blobs.
-        architecture: such as "llama", where the file says it.
-        sequence_id: of a blob that says it.
-        memory_at: where the memory starts.
-    """
-
-    kind: str
-    version: int | None = None
-    tokens: np.ndarray | None = None
-    architecture: str | None = None
-    sequence_id: int | None = None
-    memory_at: int = 0
+IK_LLAMA = "ik_llama"
 
 
 class StateFile:
@@ -79,8 +50,10 @@ class StateFile:
         container: what stands around the memory: kind, version, tokens, architecture.
         layout: the memory class and what else had to be found out.
         layout_reason: why it is this one.
-        memories: the parsed records, KvMemory or RecurrentMemory.
-        memory_names: "kv", "base", "swa" or "recurrent" for each.
+        class_candidates: the other memory classes that may have written the same bytes.
+        reading: the parsed records and what stands before them.
+        memories: the parsed records, one per part of the memory class.
+        memory_names: "kv", "base", "swa", "recurrent" and so on for each.
         tensors: mapping from name to CacheTensor, in file order.
         dialect, release, dialect_reason, dialect_guessed: how type ids were read, and why.
         rotation: which rotations K and V are taken to be stored under, and why.
@@ -92,30 +65,57 @@ class StateFile:
         self,
         path: Path,
         mapped: MappedFile,
-        container: Container,
-        reading: Reading,
-        layout_reason: str,
+        chosen: Choice,
         choice: DialectChoice,
         heads: Heads,
         rotation: str,
     ) -> None:
         self._map = mapped
         self.path = path
-        self.container = container
-        self.layout = reading.layout
-        self.layout_reason = layout_reason
-        self.memories = reading.memories
-        self.memory_names = memory_names(reading.layout.memory)
+        self.container = chosen.container
+        self.reading = chosen.reading
+        self.layout = chosen.reading.layout
+        self.layout_reason = chosen.reason + (f"; {chosen.apart}" if chosen.apart else "")
+        self.class_candidates = chosen.candidates
+        self.memories = chosen.reading.memories
+        self.parts = memory_parts(chosen.reading)
+        self.memory_names = tuple(part.name for part in self.parts)
         self.dialect = choice.dialect
         self.release = choice.release
         self.dialect_reason = choice.reason
         self.dialect_guessed = choice.guessed
         self.model = heads.model
-        bare = _cache_tensors(self, choice, heads)
+        bare = cache_tensors(mapped, self.memories, self.parts, choice, heads)
         self.head_dim_reason = heads.reason
-        graph = choice.dialect or (deferring_dialects()[0] if self.staging else None)
-        self.rotation: RotationChoice = choose_rotation(rotation, bare, self.staging, graph)
-        self.tensors = {t.name: t for t in _rotated(bare, self.rotation)}
+        self.rotation: RotationChoice = choose_rotation(rotation, bare, self.graph())
+        self.tensors = {t.name: t for t in rotated(bare, self.rotation)}
+        self._check_names(bare)
+
+    def _check_names(self, bare: list[CacheTensor]) -> None:
+        if len(self.tensors) != len(bare):
+            raise FileFormatError(self.path, None, "two layers have the same number")
+
+    def graph(self, dialect: str | None = None) -> Graph:
+        """Return what is known of the graph that stored the rows, or of another dialect's."""
+        own = dialect or self.dialect
+        own = own or (deferring_dialects()[0] if self.staging else None)
+        stated = {
+            i: stream.rotation
+            for i, memory in enumerate(self.memories)
+            for stream in getattr(memory, "streams", ())
+            if stream.rotation is not None
+        }
+        return Graph(
+            self.layout.memory,
+            self.parts,
+            not self.layout.values,
+            self.model.architecture if self.model else self.container.architecture,
+            self.model,
+            IK_LLAMA if own is None and self.layout.program == IK_LLAMA else own,
+            self.staging and dialect is None,
+            stated,
+            self.class_candidates,
+        )
 
     @property
     def size(self) -> int:
@@ -139,9 +139,8 @@ class StateFile:
 
     @property
     def has_server_tokens(self) -> bool:
-        """Whether the tokens are llama-server's serialised list, which can hold media chunks."""
-        tokens = self.container.tokens
-        return tokens is not None and len(tokens) > 0 and int(tokens[0]) == SERVER_TOKENS
+        """Whether the tokens are llama-server's packed list, which can hold media."""
+        return self.container.is_packed
 
     @property
     def staging(self) -> bool:
@@ -149,11 +148,17 @@ class StateFile:
         return self.deferred_state == "staging"
 
     def cells(self, memory: int) -> list[Cells]:
-        """Return the cells of a memory, one entry per stream."""
+        """Return the cells of a memory, one entry per stream; none if its rows are not cells'."""
         found = self.memories[memory]
-        if isinstance(found, RecurrentMemory):
+        if isinstance(found, CompressedMemory):
+            return []
+        if isinstance(found, RecurrentMemory | IkMemory):
             return [found.cells]
         return [stream.cells for stream in found.streams]
+
+    def bytes_at(self, start: int, n_bytes: int):
+        """Return bytes of the file as a new uint8 array."""
+        return self._map.read_at(start, n_bytes)
 
     def check_unchanged(self) -> None:
         """Raise FileFormatError if the file is not what it was when it was opened."""
@@ -161,7 +166,7 @@ class StateFile:
 
     def close(self) -> None:
         """Unmap the file, unless arrays that view it are still alive."""
-        self.tensors, self.memories = {}, ()
+        self.tensors, self.memories, self.reading = {}, (), None
         try:
             self._map.close()
         except BufferError:
@@ -188,12 +193,14 @@ def open_state(
     mrope: bool | None = None,
     values: bool | None = None,
     recurrent_layers: int | None = None,
-    any_version: bool = False,
+    any_version: bool = True,
+    trailing: bool = False,
 ) -> StateFile:
     """Open a llama.cpp state file: a prompt cache, a slot save, or a blob of the same content.
 
     The bytes do not say which memory class they hold. All classes are tried, and the file opens if
-    exactly one explains it to the last byte; the other arguments choose where several do.
+    exactly one layout explains it to the last byte; the other arguments choose where several do.
+    Versions are hints: a newer one than was looked at opens if its bytes are explained.
 
     Args:
         path: the file.
@@ -203,25 +210,27 @@ def open_state(
             and heads, and is checked against the dump.
         rotation: whether the graph rotated K and V before it stored them. "auto": where the fork
             does by default, which is where the cache type is quantised; "on", "off"; "k" or "v":
-            only the keys, only the values. The file does not record it.
+            only the keys, only the values. The file does not record it. What the graph never or
+            always does to a cache stays, see `gguf_io.graph_rotation`.
         head_dim: values per head, or a pair for K and V, if no model is given. If omitted, 128 is
             assumed, else 64, else the whole row: the first that divides it.
-        memory: the memory class, one of "kv", "iswa", "recurrent", "hybrid", "hybrid_iswa".
+        memory: the memory class, see `gguf_io.memory_classes`.
         mrope: whether cells carry M-RoPE coordinates.
         values: whether there are V rows.
         recurrent_layers: how many layers have recurrent state.
-        any_version: read versions that are not known to have this layout.
+        any_version: whether to read versions that were not looked at.
+        trailing: whether to keep bytes after the memory of a sequence file that nothing explains.
 
     Raises:
-        FileFormatError: not a state file, of another version, truncated or hostile; or it does not
-            fit the arguments or the model.
+        FileFormatError: not a state file, truncated or hostile; or it does not fit the arguments
+            or the model.
         AmbiguousTypeError: several layouts explain the file; lists them and what decides.
         UnknownFormatError: `dialect` is not registered.
         InputError: another argument is not what it can be, or head_dim does not divide a row.
         OSError: the file cannot be opened.
     """
-    if memory is not None and memory not in MEMORY_CLASSES:
-        raise InputError("memory", repr(memory), f"one of {', '.join(MEMORY_CLASSES)}")
+    if memory is not None and memory not in NAMES:
+        raise InputError("memory", repr(memory), f"one of {', '.join(NAMES)}")
     dialect = None if dialect is None else known_dialect(dialect)
     shape = model if isinstance(model, ModelShape | None) else model_shape(model)
     path, mapped = Path(path), map_file(path)
@@ -232,10 +241,17 @@ def open_state(
         "recurrent_layers": recurrent_layers,
         "deferred": None if dialect is None else writes_deferred(dialect),
     }
-    container, reading, reason = _read(path, mapped, wanted, shape, any_version)
-    choice = _choose_dialect(path, mapped, reading, dialect)
-    heads = Heads(head_dim, shape, reading.layout, path)
-    return StateFile(path, mapped, container, reading, reason, choice, heads, rotation)
+
+    def is_zero(rows: Rows) -> bool | None:
+        return has_zero_values(rows, mapped, _dequantised)
+
+    chosen = choose_reading(path, mapped, wanted, shape, trailing, is_zero)
+    if not any_version and not chosen.container.checked:
+        reason = f"state version {chosen.container.version} was not looked at"
+        raise FileFormatError(path, 4, reason)
+    choice = _choose_dialect(path, mapped, chosen.reading, dialect)
+    heads = Heads(head_dim, shape, chosen.reading.layout, path)
+    return StateFile(path, mapped, chosen, choice, heads, rotation)
 
 
 def is_state_file(path: str | os.PathLike) -> bool:
@@ -246,16 +262,29 @@ def is_state_file(path: str | os.PathLike) -> bool:
         OSError: it cannot be opened.
     """
     mapped = map_file(path)
-    start = bytes(mapped[:4])
-    if start == GGUF_MAGIC:
+    start = bytes(mapped[:8])
+    if start[:4] == GGUF_MAGIC:
         return False
-    magics = (*VERSIONS, BLOB_MAGIC)
-    if len(start) == 4 and any(
-        m in magics for m in struct.unpack("<I", start) + struct.unpack(">I", start)
+    if is_resume_file(start):
+        return True
+    first = start[:4]
+    if len(first) == 4 and any(
+        m in MAGICS for m in struct.unpack("<I", first) + struct.unpack(">I", first)
     ):
         return True
-    containers = _containers(Path(path), mapped, any_version=False) if len(start) == 4 else []
-    return any(readings(mapped, c.memory_at)[0] for c in containers)
+    found = containers(Path(path), mapped) if len(first) == 4 else []
+    return any(c.architecture or readings(mapped, c.memory_at)[0] for c in found)
+
+
+def memory_parts(reading: Reading) -> tuple[Part, ...]:
+    """Return what the memories of a reading are."""
+    if reading.layout.program == IK_LLAMA:
+        return (Part("kv"),)
+    parts = parts_of(reading.layout.memory, reading.layout.partial)
+    if reading.layout.memory != "dsv4":
+        return parts
+    compressed = [m.name for m in reading.memories if isinstance(m, CompressedMemory)]
+    return parts[:2] + tuple(Part(name, name == "lid") for name in compressed)
 
 
 def _distance_to_done(state: int) -> int:
@@ -273,150 +302,15 @@ def deferring_dialects() -> list[str]:
     return [name for name in dialects() if writes_deferred(name)]
 
 
-def memory_names(memory: str) -> tuple[str, ...]:
-    """Return what the parts of a memory class are called."""
-    kv = ("base", "swa") if "iswa" in memory else ("kv",) if memory in ("kv", "hybrid") else ()
-    return kv + (("recurrent",) if memory.startswith(("hybrid", "recurrent")) else ())
-
-
-# --- which reading -------------------------------------------------------------------------------
-
-
-def _containers(path: Path, mapped: MappedFile, any_version: bool) -> list[Container]:
-    """Return what the start of the file can be; several only for blobs without a magic."""
-    cursor = Cursor(mapped)
+def _dequantised(rows: Rows, raw):
+    """Dequantise rows of a type that means the same everywhere; None for any other."""
+    fmt = meaning(rows.type_id, None)
+    if fmt is None or not fmt.is_ggml or rows.n_embd:
+        return None
     try:
-        magic = cursor.number("I", "magic", 0, (1 << 32) - 1)
-        if magic in VERSIONS:
-            return [_file_container(path, cursor, magic, any_version)]
-        if magic == BLOB_MAGIC:
-            sequence = cursor.number("i", "sequence id", -(1 << 31), (1 << 31) - 1)
-            return [Container("sequence blob", sequence_id=sequence, memory_at=cursor.at)]
-    except Mismatch as failure:
-        raise FileFormatError(path, failure.at, failure.reason) from None
-    start = bytes(mapped[:4])
-    if start == GGUF_MAGIC:
-        raise FileFormatError(path, 0, "a GGUF file, not a state file; use open_gguf")
-    if struct.unpack(">I", start)[0] in (*VERSIONS, BLOB_MAGIC):
-        raise FileFormatError(path, 0, "a big-endian state file; only little-endian is supported")
-    found = [Container("sequence blob")]
-    try:
-        cursor = Cursor(mapped)
-        name = _architecture(cursor)
-        found.append(Container("state blob", architecture=name, memory_at=cursor.at))
-    except Mismatch:
-        pass
-    return found
-
-
-def _file_container(path: Path, cursor: Cursor, magic: int, any_version: bool) -> Container:
-    version = cursor.number("I", "version", 0, (1 << 32) - 1)
-    if version not in VERSIONS[magic] and not any_version:
-        known = ", ".join(map(str, VERSIONS[magic]))
-        reason = f"state version {version}, {known} is known; any_version= reads it all the same"
-        raise FileFormatError(path, 4, reason)
-    tokens = cursor.array(cursor.number("I", "token count", 0, (1 << 32) - 1), "tokens")
-    if magic == SEQUENCE_MAGIC:
-        return Container("sequence", version, tokens, memory_at=cursor.at)
-    name = _architecture(cursor)
-    return Container("session", version, tokens, name, memory_at=cursor.at)
-
-
-def _architecture(cursor: Cursor) -> str:
-    where = cursor.at
-    length = cursor.number("I", "length of the architecture's name", 1, 64)
-    start = cursor.skip(length, "architecture")
-    name = bytes(cursor.buffer[start : cursor.at])
-    if not name.isascii() or not name.decode().isprintable():
-        raise Mismatch(where, f"architecture {name!r} is not printable")
-    return name.decode()
-
-
-def _read(
-    path: Path,
-    mapped: MappedFile,
-    wanted: dict[str, object],
-    shape: ModelShape | None,
-    any_version: bool,
-) -> tuple[Container, Reading, str]:
-    """Return the one reading that fits the bytes and the arguments, and why it is that one."""
-    found: list[tuple[Container, Reading]] = []
-    failures = []
-    for container in _containers(path, mapped, any_version):
-        fitting, failure = readings(mapped, container.memory_at)
-        found += [(container, reading) for reading in fitting]
-        failures.append(failure)
-    if not found:
-        worst = max(failures, key=lambda failure: failure.rank)
-        raise FileFormatError(
-            path, worst.at, f"no memory layout fits; in the likeliest, {worst.reason}"
-        )
-    kept = [(c, r) for c, r in found if not _contradiction(r.layout, wanted)]
-    if not kept:
-        layout = found[0][1].layout
-        reason = f"the file holds {layout}; {_contradiction(layout, wanted)} was asked for"
-        raise FileFormatError(path, None, reason)
-    misfits = [_model_misfit(r, shape) if shape else None for _, r in kept]
-    if all(misfits):
-        raise FileFormatError(path, None, f"not a dump of the given model: {misfits[0]}")
-    kept = [pair for pair, misfit in zip(kept, misfits, strict=True) if not misfit]
-    if len(kept) > 1:
-        raise _ambiguous(path, [r.layout for _, r in kept])
-    reason = "the only layout that explains the file to its last byte"
-    if len(found) > 1:
-        reason = f"of {len(found)} layouts that explain the file, the one that was asked for"
-    return *kept[0], reason
-
-
-def _contradiction(layout: Layout, wanted: dict[str, object]) -> str | None:
-    """Name an argument that a layout contradicts."""
-    has_cache = layout.memory not in ("recurrent", "none")
-    for name, value in wanted.items():
-        if value is None or (name in ("deferred", "mrope", "values") and not has_cache):
-            continue
-        if getattr(layout, name) != value:
-            if name == "deferred":
-                have = "with" if value else "without"
-                return f"a dialect {have} the deferred-state byte"
-            return f"{name}={value!r}"
-    return None
-
-
-def _ambiguous(path: Path, layouts: list[Layout]) -> AmbiguousTypeError:
-    names = ["memory", "mrope", "values", "recurrent_layers", "deferred"]
-    differing = [n for n in names if len({getattr(layout, n) for layout in layouts}) > 1]
-    flags = ["dialect=" if name == "deferred" else f"{name}=" for name in differing]
-    remedy = f"pass {' or '.join(flags)} or model=" if flags else "pass model="
-    return AmbiguousTypeError(str(path), [f"[{layout}]" for layout in layouts], remedy)
-
-
-def _model_misfit(reading: Reading, shape: ModelShape) -> str | None:
-    """Say why a reading cannot be a dump of the model; None if it can."""
-    memory = reading.layout.memory
-    if reading.layout.mrope and not shape.mrope:
-        return f"cells have M-RoPE coordinates, {shape.architecture} has none"
-    for part, (name, found) in enumerate(zip(memory_names(memory), reading.memories, strict=True)):
-        if isinstance(found, RecurrentMemory):
-            if found.n_layer != shape.n_layer:
-                return f"its recurrent memory counts {found.n_layer} layers, not {shape.n_layer}"
-            continue
-        layers = shape.cache_layers(memory, part)
-        if any(bool(stream.values) == shape.mla for stream in found.streams if stream.keys):
-            have, need = ("V", "none") if shape.mla else ("no V", "some")
-            return f"{name} has {have} rows, {shape.architecture} needs {need}"
-        for stream in found.streams:
-            if not len(stream.cells) or layers is None:
-                continue
-            if shape.swa_assumed and "iswa" in memory:
-                continue
-            if len(stream.keys) != len(layers):
-                have = f"{name} holds {len(stream.keys)} layers"
-                return f"{have}, {shape.architecture} has {len(layers)} there"
-    streams = [s for m in reading.memories if isinstance(m, KvMemory) for s in m.streams[:1]]
-    found, own = sum(len(s.keys) for s in streams), len(shape.attention_layers)
-    if found > own or (found < own and all(len(s.cells) for s in streams)):
-        return f"its caches hold {found} layers, {shape.architecture} has {own}"
-    return None
+        return dequantize_rows(raw, fmt)
+    except TbqError:  # of which gguf-py has no decoder, or rows that are no whole blocks
+        return None
 
 
 # --- which dialect -------------------------------------------------------------------------------
@@ -424,8 +318,12 @@ def _model_misfit(reading: Reading, shape: ModelShape) -> str | None:
 
 def _records(reading: Reading) -> list[Rows]:
     """Return all records of K and V."""
-    streams = [s for m in reading.memories if isinstance(m, KvMemory) for s in m.streams]
-    return [rows for stream in streams for rows in (*stream.keys, *stream.values)]
+    return [
+        piece
+        for memory in reading.memories
+        for piece in memory.pieces()
+        if isinstance(piece, Rows) and piece.kind in "KV" and piece.type_id != ABSENT
+    ]
 
 
 def _choose_dialect(
@@ -442,7 +340,8 @@ def _choose_dialect(
         )
         for rows in _records(reading)
     ]
-    if given is not None or not reading.layout.deferred:
+    owner, reason = _owner(reading)
+    if given is not None or owner is None:
         streams = [s for m in reading.memories if isinstance(m, KvMemory) for s in m.streams]
         footed = any(stream.fingerprint is not None for stream in streams)
         plain = [
@@ -451,192 +350,21 @@ def _choose_dialect(
             if not writes_deferred(name) and (not footed or get_dialect(name).state.footed)
         ]
         return identify(stored, path, given, among=plain)
-    owner = deferring_dialects()[0]
-    reason = f"KV memories start with the deferred-state byte, which only {owner} has"
     try:
         found = identify(stored, path, owner)
     except FileFormatError as misfit:
         return DialectChoice(None, f"{reason}, but {misfit.reason}")
     own = owner in {found.type_of(rows.type_id).dialect for rows in stored}
+    if not own and not reading.layout.deferred:
+        return DialectChoice(None, f"{reason}; every type id means the same in all dialects")
     return DialectChoice(owner, reason, guessed=own, release=found.release)
 
 
-# --- views ---------------------------------------------------------------------------------------
-
-
-COUNTED = (
-    "; layers are counted from 0 in each cache, since which of the model's attend to a window is "
-    "not known"
-)
-
-
-class Heads:
-    """Tells layer numbers and head widths from a model, from the caller, or by assumption."""
-
-    def __init__(
-        self,
-        head_dim: int | tuple[int, int] | None,
-        model: ModelShape | None,
-        layout: Layout,
-        path: Path,
-    ) -> None:
-        self.model, self.layout, self.path = model, layout, path
-        pair = (head_dim, head_dim) if isinstance(head_dim, int | None) else tuple(head_dim)
-        if len(pair) != 2 or any(n is not None and (n != int(n) or n < 1) for n in pair):
-            raise InputError("head_dim", repr(head_dim), "a positive number, or two for K and V")
-        self.given = dict(zip("KV", pair, strict=True))
-        self.counted = False  # whether layer numbers are only counts within their cache
-        self.reason = "there are no attention layers"
-
-    def layers(self, part: int, count: int) -> list[int]:
-        """Return the layer numbers of the layers of a KV memory."""
-        known = self.model.cache_layers(self.layout.memory, part) if self.model else None
-        if known is not None and len(known) == count:
-            return known
-        self.counted = self.model is not None and count > 0
-        return list(range(count))
-
-    def recurrent_layers(self, memory: RecurrentMemory) -> list[int]:
-        """Return the layer numbers of the layers that have recurrent state."""
-        count = len(memory.r)
-        if count == memory.n_layer or self.model is None:
-            return list(range(count))
-        known = [il for il, recurrent in enumerate(self.model.is_recurrent) if recurrent]
-        return known if len(known) == count else list(range(count))
-
-    def head_dim(self, kind: str, layer: int, n_embd: int, fmt: TensorType) -> int:
-        """Return the values per head of a row, with what the fork's cache pads them to.
-
-        Raises:
-            InputError: the width that was given does not divide the row.
-            FileFormatError: the model has rows of another width; or the fork has cut padded rows
-                as if they were not.
-        """
-        given = self.given[kind]
-        if given is not None:
-            width = self._stored(kind, layer, given, fmt)
-            if n_embd % width:
-                need = f"a divisor of the {n_embd} values of {kind} rows (layer {layer})"
-                raise InputError("head_dim", str(width), need)
-            self.reason = f"head_dim {given} was given{self._padding(given, width)}"
-            return width
-        if self.model is not None:
-            heads = self.model.heads(kind, None if self.counted else layer)
-            stored = [(n, width, self._stored(kind, layer, width, fmt)) for n, width in heads]
-            widths = {(width, whole) for n, width, whole in stored if n * whole == n_embd}
-            if not widths:
-                need = " or ".join(f"{n} heads of {whole}" for n, _, whole in sorted(stored))
-                reason = f"{kind} rows of layer {layer} have {n_embd} values, not {need}"
-                raise FileFormatError(self.path, None, f"not a dump of the given model: {reason}")
-            if len(widths) == 1:
-                ((width, whole),) = widths
-                self.reason = "heads are the model's" + self._padding(width, whole)
-                self.reason += COUNTED if self.counted else ""
-                return whole
-        width = n_embd
-        if self.layout.values:  # a latent (MLA) row is one head
-            width = next((n for n in USUAL_HEAD_DIMS if n_embd % n == 0), n_embd)
-        self.reason = (
-            f"head_dim {width} is assumed: the file does not say; model= or head_dim= does"
-        )
-        return width
-
-    def _stored(self, kind: str, layer: int, head_dim: int, fmt: TensorType) -> int:
-        """Return what a head of the model takes in a row; FileFormatError if its end is cut off."""
-        if isinstance(fmt, Unknown):
-            return head_dim
-        state = get_dialect(fmt.dialect).state
-        whole = state.head_values(fmt, head_dim)
-        if whole != head_dim and not state.keeps_padding:
-            reason = f"{kind} of layer {layer} has heads of {head_dim} values"
-            fault = (
-                f"{fmt.dialect}'s cache pads them to {whole}, but writes rows without the padding"
-            )
-            raise FileFormatError(self.path, None, f"{reason}: {fault}, which leaves no whole rows")
-        return whole
-
-    @staticmethod
-    def _padding(width: int, whole: int) -> str:
-        return "" if width == whole else f", padded from {width} to {whole} values"
-
-
-def _cache_tensors(state: StateFile, choice: DialectChoice, heads: Heads) -> list[CacheTensor]:
-    """Return a view of every layer, without rotations."""
-    tensors: list[CacheTensor] = []
-
-    def view(part: int, kind: str, layer: int, records: list[Rows], transposed: bool, before):
-        first = records[0]
-        if any((r.type_id, r.row_bytes) != (first.type_id, first.row_bytes) for r in records):
-            reason = f"layer {layer} changes its {kind} type from stream to stream"
-            raise FileFormatError(state.path, first.where, reason)
-        fmt = choice.type_of(first.type_id)
-        n_embd = _row_values(fmt, first)
-        if n_embd is None and isinstance(fmt, Format):
-            reason = f"layer {layer} has {kind} rows of {first.row_bytes} bytes"
-            raise FileFormatError(
-                state.path, first.where, f"{reason}, not whole groups of {fmt.label}"
-            )
-        head_dim = None
-        if n_embd and kind in "KV":
-            head_dim = heads.head_dim(kind, layer, n_embd, fmt)
-        if isinstance(fmt, Format) and kind in "KV":
-            fmt = fmt.fitting(head_dim=head_dim, side=kind)
-        prefix = f"{state.memory_names[part]}." if "iswa" in state.layout.memory else ""
-        prefix = prefix if kind in "KV" else ""
-        lender = fmt.sibling if isinstance(fmt, Format) else None
-        sibling = before if lender and before and before.format.label == lender else None
-        tensor = CacheTensor(
-            name=f"{prefix}cache_{kind.lower()}_l{layer}",
-            kind=kind,
-            memory=part,
-            layer=layer,
-            format=fmt,
-            parts=tuple(records),
-            transposed=transposed,
-            n_embd=n_embd,
-            head_dim=head_dim,
-            rotation=None,
-            sibling=sibling,
-            _map=state._map,
-            _choice=choice,
-        )
-        tensors.append(tensor)
-        return tensor
-
-    for part, memory in enumerate(state.memories):
-        if isinstance(memory, RecurrentMemory):
-            for kind, records in (("R", memory.r), ("S", memory.s)):
-                for layer, rows in zip(heads.recurrent_layers(memory), records, strict=True):
-                    view(part, kind, layer, [rows], False, None)
-            continue
-        streams = [stream for stream in memory.streams if len(stream.cells)]
-        if len({(len(s.keys), len(s.values), s.v_trans) for s in streams}) > 1:
-            raise FileFormatError(state.path, None, "streams differ in their number of layers")
-        for kind, records in (
-            ("K", [stream.keys for stream in streams]),
-            ("V", [stream.values for stream in streams]),
-        ):
-            by_layer = list(zip(*records, strict=True))
-            before = None
-            for layer, rows in zip(heads.layers(part, len(by_layer)), by_layer, strict=True):
-                transposed = kind == "V" and bool(streams[0].v_trans)
-                before = view(part, kind, layer, list(rows), transposed, before)
-    return tensors
-
-
-def _row_values(fmt: TensorType, rows: Rows) -> int | None:
-    """Return the values per row; None if whole groups do not make it up, or it is unknown."""
-    if isinstance(fmt, Unknown):
-        return None
-    body = rows.row_bytes - fmt.layout.header_bytes
-    groups, rest = divmod(body, fmt.codec.group_blocks * fmt.block_bytes)
-    return None if rest else groups * fmt.group_values
-
-
-def _rotated(tensors: list[CacheTensor], choice: RotationChoice) -> list[CacheTensor]:
-    """Return the views with the rotation that each is stored under."""
-    done: dict[str, CacheTensor] = {}
-    for t in tensors:
-        sibling = done[t.sibling.name] if t.sibling is not None else None
-        done[t.name] = replace(t, rotation=choice.of(t), sibling=sibling)
-    return list(done.values())
+def _owner(reading: Reading) -> tuple[str | None, str]:
+    """Return the dialect that alone writes such a memory, and why."""
+    if reading.layout.deferred:
+        owner = deferring_dialects()[0]
+        return owner, f"KV memories start with the deferred-state byte, which only {owner} has"
+    if reading.layout.program == IK_LLAMA:
+        return IK_LLAMA, "the memory is laid out as only ik_llama.cpp does"
+    return None, ""

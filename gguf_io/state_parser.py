@@ -1,383 +1,288 @@
 """llama.cpp state files, bytes to records: what is in the file, under every reading that fits.
 
-The file does not say which memory class wrote it, whether cells carry M-RoPE coordinates, whether
-the model has values (MLA has none) or whether a fork put its own byte in front. Each combination is
-a `Layout`; `readings` tries them all and returns those that consume the file to its last byte.
-Nothing is trusted: every length is compared with the bytes that are left before it is used, no
-array is larger than the part of the file it views, at most 33 readings are tried, and each takes
-time in proportion to the file.
+The file does not say which memory class wrote it, how long the record of coordinates in its cells
+is, whether the model has values (MLA has none), whether the sizes of the rotation follow the layer
+count, or whether a fork put its own byte in front. Each combination is a `Layout`; `readings` tries
+them all and returns those that consume the file to its last byte. Nothing is trusted: every length
+is compared with the bytes that are left before it is used, no array is larger than the part of the
+file it views, and what several readings share is read once.
 
-    container   GGSN  u32 magic, u32 version, u32 n, i32 tokens[n], u32 length, architecture
-                GGSQ  u32 magic, u32 version, u32 n, i32 tokens[n]
-                blob  u32 0xaf143cd8, i32 sequence; or nothing; or u32 length, architecture
-    memory      kv: KV; iswa: KV KV; recurrent: REC; hybrid: KV REC; hybrid_iswa: KV KV REC
+    memory      KV and REC in the order of the class, see `memory_classes`; deepseek4's and
+                ik_llama.cpp's: `state_dsv4`, `state_ik_llama`
     KV          u32 n_stream, [u8 deferred state], streams
-    stream      u32 cells, nothing more if 0; cells; u32 v_trans, u32 n_layer, K rows, V rows;
+    stream      u32 cells, nothing more if 0; cells; u32 v_trans, u32 n_layer (0 for a cache
+                without layers), [u32 size of K's rotation, u32 of V's], K rows, V rows;
                 buun, if a layer is of a trellis type: u32 0x54514346 (TQCF), u32 fingerprint
-    cell        i32 position, u32 n, [i32 x, i32 y], i32 sequences[n]
+    cell        i32 position, u32 n, [i32 x, i32 y, [i32 token]], i32 sequences[n]
     rows        i32 type, u64 row bytes, cells rows;
                 V if v_trans: i32 type, u32 element bytes, u32 n_embd, n_embd columns of cells
-    REC         u32 cells; cells; u32 s_trans = 0, u32 n_layer, R rows, S rows
+    REC         u32 cells; cells; u32 s_trans = 0, u32 n_layer, per layer R rows and, if it has a
+                PLE state, u64 row bytes and its rows; S rows
 
-Source: ggml-org/llama.cpp pull request 21089 @ f112d6de7: src/llama-context.cpp,
-src/llama-kv-cache.cpp, src/llama-kv-cache-iswa.cpp, src/llama-memory-hybrid.cpp,
-src/llama-memory-recurrent.cpp; the deferred state: LL4nc33/llama-tq @ 0f57a4ee6,
-src/llama-kv-cache.cpp; the footer: spiritbuun/buun-llama-cpp, src/llama-kv-cache.cpp.
+Source: ggml-org/llama.cpp pull request 21089 @ f112d6de7 (versions 9 and 2) and 0c1e57098 (10 and
+3): src/llama-context.cpp, src/llama-kv-cache.cpp, src/llama-kv-cache-iswa.cpp,
+src/llama-memory-hybrid.cpp, src/llama-memory-recurrent.cpp; the rotation's sizes: pull request
+28498; the deferred state: LL4nc33/llama-tq @ 0f57a4ee6, src/llama-kv-cache.cpp; the footer:
+spiritbuun/buun-llama-cpp, src/llama-kv-cache.cpp.
 """
 
 from __future__ import annotations
 
+import itertools
 import struct
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
-from gguf_io.types import PLAIN_TYPES
+from gguf_io import state_dsv4, state_ik_llama
+from gguf_io.memory_classes import CLASSES, same_bytes
+from gguf_io.state_cursor import Cursor, Mismatch, Shared
+from gguf_io.state_records import (
+    CELL_RECORDS,
+    FOOTER_MAGIC,
+    Cells,
+    CompressedMemory,
+    IkMemory,
+    KvMemory,
+    Layout,
+    Memory,
+    Reading,
+    RecurrentMemory,
+    Rows,
+    Stream,
+    fixed_words,
+    sequence_mask,
+    starts,
+)
 from tbq.format import Format
-from tbq.registry import meaning, meanings
-
-SESSION_MAGIC = 0x6767736E  # GGSN
-SEQUENCE_MAGIC = 0x67677371  # GGSQ
-BLOB_MAGIC = 0xAF143CD8
-FOOTER_MAGIC = 0x54514346  # TQCF
-MEMORY_CLASSES = ("kv", "iswa", "recurrent", "hybrid", "hybrid_iswa", "none")
 
 MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 MAX_LAYERS = 1024
 MAX_TYPE_ID = 1023
+MAX_ROW_BYTES = 1 << 32  # of rows that there are none of
+# What recurrent states are of: f32. A PLE row, which has no type, starts with its size, which is
+# another number.
+STATE_TYPE = 0
 # Words that are walked through, and cells that are checked, at a time.
 CHUNK_WORDS = 1 << 11
 CHUNK_CELLS = 1 << 12
-DEFERRED_STATES = ("off", "staging", "ready", "done")
-
-# Up to here every code base has upstream's ids, and numbers without a type are retired ones.
-LAST_COMMON_ID = 40
+SHAPES = {c.shape for c in CLASSES.values() if c.name != "dsv4"}
 
 
 @dataclass(frozen=True)
-class Layout:
-    """One reading of a file's memory.
+class Form:
+    """How the KV memories of a file are written, see `Layout`."""
 
-    Attributes:
-        memory: one of MEMORY_CLASSES.
-        deferred: whether each KV starts with llama-tq's deferred-state byte.
-        mrope: whether cells carry the two extra coordinates of M-RoPE.
-        values: whether there are V rows; models with multi-head latent attention have none.
-        recurrent_layers: layers with recurrent state.
-    """
-
-    memory: str
     deferred: bool = False
-    mrope: bool = False
+    cell_bytes: int = 0
     values: bool = True
-    recurrent_layers: int = 0
-
-    def __str__(self) -> str:
-        parts = [self.memory]
-        parts += ["with the deferred-state byte"] if self.deferred else []
-        parts += ["M-RoPE cells"] if self.mrope else []
-        parts += [] if self.values else ["no V"]
-        parts += [f"{self.recurrent_layers} recurrent layers"] if self.recurrent_layers else []
-        return ", ".join(parts)
+    rotation_words: bool = False
+    counted: bool = True
 
 
-class Cells:
-    """The cells of a stream or of a recurrent memory, as views of the file where that can be.
-
-    Args:
-        words: the int32 words of all cells, one cell after the other.
-        counts: how many sequences each cell belongs to: one number if it is the same for all, else
-            uint16 (cells,). That is all that is kept beside the file.
-        n_cells: how many cells there are.
-        mrope: whether a cell has the two coordinates of M-RoPE.
-    """
-
-    def __init__(
-        self, words: np.ndarray, counts: int | np.ndarray, n_cells: int, mrope: bool
-    ) -> None:
-        self.words = words
-        self._counts = counts
-        self._n_cells = n_cells
-        self._fixed = fixed_words(mrope)
-
-    def __len__(self) -> int:
-        return self._n_cells
-
-    @property
-    def has_coordinates(self) -> bool:
-        """Whether there are M-RoPE coordinates."""
-        return self._fixed > fixed_words(False) and self._n_cells > 0
-
-    @property
-    def sequence_counts(self) -> np.ndarray:
-        """int32 (cells,), how many sequences each cell belongs to."""
-        return np.broadcast_to(np.asarray(self._counts, np.int32), (self._n_cells,))
-
-    @property
-    def positions(self) -> np.ndarray:
-        """int32 (cells,)."""
-        return self._column(0)
-
-    @property
-    def coordinates(self) -> np.ndarray | None:
-        """int32 (cells, 2), the x and y of M-RoPE, or None."""
-        if not self.has_coordinates:
-            return None
-        return np.stack([self._column(2), self._column(3)], axis=1)
-
-    @property
-    def sequences(self) -> np.ndarray:
-        """int32 (sum of sequence_counts,), their ids, cell after cell."""
-        if isinstance(self._counts, int):
-            return self._table()[:, self._fixed :].reshape(-1)
-        return self.words[_sequence_mask(self._starts(), len(self.words), self._fixed)]
-
-    def _table(self) -> np.ndarray:
-        return self.words.reshape(self._n_cells, -1) if self._n_cells else self.words.reshape(0, 4)
-
-    def _column(self, word: int) -> np.ndarray:
-        if isinstance(self._counts, int):
-            return self._table()[:, word]
-        return self.words[self._starts() + word]
-
-    def _starts(self) -> np.ndarray:
-        """Return the first word of each cell."""
-        return _starts(self._counts, self._fixed)
-
-
-def fixed_words(mrope: bool) -> int:
-    """Return how many words of a cell stand before its sequence ids."""
-    return 4 if mrope else 2
-
-
-def _starts(counts: np.ndarray, fixed: int) -> np.ndarray:
-    ends = np.cumsum(counts + np.int64(fixed))
-    ends[1:] = ends[:-1]
-    ends[:1] = 0
-    return ends
-
-
-def _sequence_mask(starts: np.ndarray, n_words: int, fixed: int) -> np.ndarray:
-    mask = np.ones(n_words, bool)
-    for word in range(fixed):
-        mask[starts + word] = False
-    return mask
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of one layer: K, V, R (recurrent convolution state) or S (recurrent state).
-
-    Attributes:
-        kind: "K", "V", "R" or "S".
-        type_id: the ggml type id.
-        cells: rows, one per cell.
-        row_bytes: bytes per cell; all its elements together if transposed.
-        where: where the record starts.
-        data: where the rows start.
-        n_embd: if transposed, the values per cell, stored as n_embd columns of `cells` values.
-    """
-
-    kind: str
-    type_id: int
-    cells: int
-    row_bytes: int
-    where: int
-    data: int
-    n_embd: int | None = None
-
-    @property
-    def end(self) -> int:
-        """Where the record ends."""
-        return self.data + self.cells * self.row_bytes
-
-
-@dataclass(frozen=True, eq=False)
-class Stream:
-    """One stream of a KV memory: its cells and their rows, keys first.
-
-    `fingerprint` is what buun says of tables that were set when the program ran, 0 if none were;
-    None if there is no such footer.
-    """
-
-    cells: Cells
-    v_trans: int = 0
-    keys: tuple[Rows, ...] = ()
-    values: tuple[Rows, ...] = ()
-    fingerprint: int | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class KvMemory:
-    """A KV cache. `deferred` is an index into DEFERRED_STATES, None if the byte is not there."""
-
-    streams: tuple[Stream, ...]
-    deferred: int | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class RecurrentMemory:
-    """A recurrent memory. `n_layer` counts all layers of the model."""
-
-    cells: Cells
-    n_layer: int
-    r: tuple[Rows, ...]
-    s: tuple[Rows, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Reading:
-    """A layout that fits, and what it finds."""
-
-    layout: Layout
-    memories: tuple[KvMemory | RecurrentMemory, ...]
-
-
-class Mismatch(Exception):
-    """The bytes cannot be what a reading takes them for.
-
-    `progress` counts the memories and the lists of cells that made sense before.
-    """
-
-    def __init__(self, at: int, reason: str, progress: int = 0) -> None:
-        self.at = at
-        self.reason = reason
-        self.progress = progress
-        super().__init__(reason)
-
-    @property
-    def rank(self) -> tuple[int, int]:
-        """Higher for the failure of a likelier reading."""
-        return self.progress, self.at if self.progress else 0
-
-
-class _Shared:
-    """What the readings of one file have in common, so that each is found out once."""
-
-    def __init__(self) -> None:
-        # by place and kind of cell: the cells or what is wrong, and where reading them stopped
-        self.cells: dict[tuple[int, bool, int], tuple[Cells | Mismatch, int]] = {}
-        self._types: dict[int, tuple[Format | None, bool]] = {}
-
-    def type(self, type_id: int) -> tuple[Format | None, bool]:
-        """Return what an id means if that is undisputed, and whether a cache row can have it."""
-        if type_id not in self._types:
-            known = _undisputed(type_id)
-            retired = known is None and type_id <= LAST_COMMON_ID and not meanings(type_id)
-            unfit = known is not None and known.name in PLAIN_TYPES
-            self._types[type_id] = known, not (retired or unfit)
-        return self._types[type_id]
-
-
-class Cursor:
-    """A position in a buffer and bounds-checked reads from there on."""
-
-    def __init__(self, buffer, at: int = 0, shared: _Shared | None = None) -> None:
-        self.buffer = memoryview(buffer)
-        self.end = len(self.buffer)
-        self.at = at
-        self.progress = 0
-        self.shared = shared or _Shared()
-
-    def copy(self) -> Cursor:
-        """Return another cursor at the same place, which has seen nothing yet."""
-        return Cursor(self.buffer, self.at, self.shared)
-
-    def fail(self, at: int, reason: str):
-        """Raise a Mismatch."""
-        raise Mismatch(at, reason, self.progress)
-
-    def skip(self, n: int, what: str) -> int:
-        """Move past n bytes and return where they start."""
-        start = self.at
-        if n > self.end - start:
-            self.fail(start, f"{what} needs {n} bytes, the file has {self.end - start} left")
-        self.at = start + n
-        return start
-
-    def number(self, code: str, what: str, least: int, most: int) -> int:
-        """Read one number of a struct code and check its range."""
-        start = self.skip(struct.calcsize("<" + code), what)
-        (value,) = struct.unpack_from("<" + code, self.buffer, start)
-        if not least <= value <= most:
-            self.fail(start, f"{what} is {value}, not from {least} to {most}")
-        return value
-
-    def array(self, count: int, what: str) -> np.ndarray:
-        """View `count` int32 values."""
-        start = self.skip(4 * count, what)
-        return np.frombuffer(self.buffer, "<i4", count, start)
-
-
-def readings(buffer, start: int) -> tuple[list[Reading], Mismatch]:
+def readings(buffer, start: int, ends: set[int] | None = None) -> tuple[list[Reading], Mismatch]:
     """Return every reading of the memory that starts at `start`, and the likeliest one's failure.
 
+    Places before the end at which a memory was complete are added to `ends`.
     Readings that differ only in what the file has no trace of (M-RoPE where there are no cells,
     values where there are no rows) count as one.
     """
     found: dict[tuple, Reading] = {}
     furthest = Mismatch(start, "there is no memory", progress=-1)
-    for reading in _attempts(buffer, start):
+    shared = Shared() if ends is None else Shared(ends=ends)
+    for reading in _attempts(buffer, start, shared):
         if isinstance(reading, Mismatch):
             furthest = max(furthest, reading, key=lambda failure: failure.rank)
-        else:
-            found.setdefault(_extent(reading), reading)
+            continue
+        key = _extent(reading)
+        same = found.get(key)
+        if same is None:
+            found[key] = reading
+        else:  # what is told apart by nothing has the classes of all
+            classes = tuple(dict.fromkeys((*same.classes, *reading.classes)))
+            found[key] = replace(same, classes=classes)
     return list(found.values()), furthest
 
 
-def _attempts(buffer, start: int) -> Iterator[Reading | Mismatch]:
-    """Yield what becomes of each reading: of at most eight KV layouts, and what may follow them.
-
-    Each takes time in proportion to the file. Those that differ only in what comes later share
-    what they have read before.
-    """
-    size = len(buffer)
-    if start == size:
-        yield Reading(Layout("none"), ())
+def _attempts(buffer, start: int, shared: Shared) -> Iterator[Reading | Mismatch]:
+    """Yield what becomes of each reading."""
+    if start == len(buffer):
+        yield Reading(Layout("none"), (), classes=("none",))
         return
-    shared = _Shared()
-    for deferred in (False, True):
-        for mrope in (False, True):
-            for values in (True, False):
-                layout = Layout("kv", deferred, mrope, values)
-                yield from _kv_readings(Cursor(buffer, start, shared), layout)
-    yield from _with_recurrent(Cursor(buffer, start, shared), (), Layout("recurrent"))
+    at_start = Cursor(buffer, start, shared)
+    axes = ((False, True), (False, True), CELL_RECORDS, (True, False))
+    for rotation, deferred, cell_bytes, values in itertools.product(*axes):
+        form = Form(deferred, cell_bytes, values, rotation)
+        yield from _sections(at_start.moved(start), form, "", ())
+    for cell_bytes, values in itertools.product(CELL_RECORDS, (True, False)):
+        form = Form(False, cell_bytes, values, counted=False)
+        yield from _sections(at_start.moved(start), form, "", ())
+    yield from state_dsv4.readings(at_start.moved(start), _caches)
+    plain_cells = partial(_cells, cell_bytes=0)
+    yield from state_ik_llama.readings(at_start.moved(start), plain_cells, _rows, transposed_rows)
 
 
-def _kv_readings(cursor: Cursor, layout: Layout) -> Iterator[Reading | Mismatch]:
-    """Yield the readings that start with one KV, or with two of them."""
-    memories: tuple[KvMemory, ...] = ()
-    for plain, hybrid in (("kv", "hybrid"), ("iswa", "hybrid_iswa")):
+def _sections(
+    cursor: Cursor, form: Form, shape: str, before: tuple[Memory, ...]
+) -> Iterator[Reading | Mismatch]:
+    """Yield the readings of what is left, after some memories of a shape."""
+    reading = _complete(form, shape, before) if before else None
+    if reading is not None and cursor.left:
+        cursor.shared.ends.add(cursor.at)
+    if before and not cursor.left:
+        if reading is not None:
+            yield reading
+        return
+    for letter in "KR":
+        if not any(s.startswith(shape + letter) for s in SHAPES):
+            continue
+        if letter == "R" and shape == "" and form != Form():
+            continue  # a recurrent memory alone is the same in every form
+        options = _caches_next(cursor, form, shape) if letter == "K" else _states(cursor, shape)
+        for option in options:
+            if isinstance(option, Mismatch):
+                yield _after(option, before)
+            else:
+                memory, at = option
+                yield from _sections(cursor.moved(at), form, shape + letter, (*before, memory))
+
+
+def _complete(form: Form, shape: str, memories: tuple[Memory, ...]) -> Reading | None:
+    """Return the reading that these memories are; None if no class writes them."""
+    classes = [CLASSES[name] for name in same_bytes(shape, form.values)]
+    caches = [(i, m) for i, m in enumerate(memories) if isinstance(m, KvMemory)]
+    for i, memory in caches:
+        records = {s.cells.cell_bytes for s in memory.streams if len(s.cells)}
+        if records - {form.cell_bytes}:
+            classes = [c for c in classes if c.parts[i].indexed]
+    if not classes:
+        return None
+    states = [m for m in memories if isinstance(m, RecurrentMemory)]
+    layout = Layout(
+        classes[0].name,
+        form.deferred,
+        form.cell_bytes,
+        form.values,
+        sum(len(m.r) for m in states),
+        form.rotation_words,
+        form.counted or not caches,
+    )
+    return Reading(layout, memories, classes=tuple(c.name for c in classes))
+
+
+def _caches_next(
+    cursor: Cursor, form: Form, shape: str
+) -> Iterator[tuple[KvMemory, int] | Mismatch]:
+    """Yield the KV memories that the next bytes can be, and where each ends."""
+    forms = [form]
+    if "K" in shape:  # an indexer's, perhaps: of keys only, and without the record in its cells
+        values = form.values and "R" not in shape
+        records = dict.fromkeys((form.cell_bytes, 0))
+        forms = [replace(form, values=values, cell_bytes=n) for n in records]
+    for each in forms:
         try:
-            memories += (_kv(cursor, layout),)
+            own = cursor.moved(cursor.at)
+            memory = own.once(("kv", each), partial(_kv, form=each))
+            yield memory, own.at
         except Mismatch as failure:
-            yield _after(failure, memories)
-            return
-        if cursor.at == cursor.end:
-            yield Reading(_with(layout, plain), memories)
-            return
-        yield from _with_recurrent(cursor.copy(), memories, _with(layout, hybrid))
+            yield failure
 
 
-def _with(layout: Layout, memory: str, recurrent_layers: int = 0) -> Layout:
-    return Layout(memory, layout.deferred, layout.mrope, layout.values, recurrent_layers)
+def _caches(cursor: Cursor, cell_bytes: int, n: int) -> tuple[KvMemory, ...]:
+    """Read n KV memories of keys only."""
+    return tuple(_kv(cursor, Form(values=False, cell_bytes=cell_bytes)) for _ in range(n))
 
 
-def _with_recurrent(cursor: Cursor, before: tuple, layout: Layout):
-    """Yield the reading in which all that is left is one recurrent memory."""
+def _states(cursor: Cursor, shape: str) -> Iterator[tuple[RecurrentMemory, int] | Mismatch]:
+    """Yield the recurrent memories that the next bytes can be, and where each ends.
+
+    How many layers have recurrent state is not stored. Records of R and of S are alike, so that
+    there is one chain of them, of which a part is R, as many are S, and the rest is what follows.
+    """
+    own = cursor.moved(cursor.at)
     try:
-        memory = _recurrent(cursor)
-        yield Reading(_with(layout, layout.memory, len(memory.r)), (*before, memory))
+        cells, n_layer, chain, stop = own.once(("rec",), _chain)
     except Mismatch as failure:
-        yield _after(failure, before)
+        yield failure
+        return
+    ends = [end for _, _, end in chain]
+    followed = any(s.startswith(shape + "RK") for s in SHAPES)
+    found = False
+    for n in range(1, len(chain) // 2 + 1):
+        end = ends[2 * n - 1]
+        last = end == cursor.end
+        if not last:
+            cursor.shared.ends.add(end)
+        if not last and not (followed and _starts_cache(cursor, end)):
+            continue
+        if any(ple is not None for _, ple, _ in chain[n : 2 * n]):
+            continue
+        found = found or last
+        yield _recurrent(cells, n_layer, chain, n), end
+    if not found:
+        yield stop or Mismatch(
+            ends[-1] if ends else own.at,
+            f"{n_layer} recurrent layers do not end where the file does",
+            own.progress,
+        )
 
 
-def _after(failure: Mismatch, before: tuple) -> Mismatch:
+def _starts_cache(cursor: Cursor, at: int) -> bool:
+    """Tell whether a number of streams stands somewhere."""
+    count = cursor.moved(at).peek("I")
+    return count is not None and 1 <= count <= MAX_SEQUENCES
+
+
+def _recurrent(cells: Cells, n_layer: int, chain: list, n: int) -> RecurrentMemory:
+    """Return the memory whose first n records of a chain are R."""
+    r, s = (
+        tuple(replace(rows, kind=kind) for rows, _, _ in some)
+        for kind, some in (("R", chain[:n]), ("S", chain[n : 2 * n]))
+    )
+    return RecurrentMemory(cells, n_layer, r, s, tuple(ple for _, ple, _ in chain[:n]))
+
+
+def _chain(cursor: Cursor) -> tuple[Cells, int, list, Mismatch | None]:
+    """Read cells and all records after them, each with its PLE row and its end."""
+    cells = _cells(cursor, cell_bytes=0, least_sequences=0)
+    cursor.number("I", "s_trans", 0, 0)
+    n_layer = cursor.number("I", "layer count", 1, MAX_LAYERS)
+    chain: list[tuple[Rows, Rows | None, int]] = []
+    while cursor.left and len(chain) < 2 * n_layer:
+        at = cursor.at
+        try:
+            if cursor.peek("i") == STATE_TYPE or not chain or chain[-1][1] is not None:
+                rows = _rows(cursor, "R or S", len(cells), least_bytes=0)
+                if rows.type_id != STATE_TYPE:
+                    cursor.fail(at, f"recurrent rows of type {rows.type_id}, not of f32")
+                chain.append((rows, None, cursor.at))
+            else:
+                ple = _ple(cursor, len(cells))
+                chain[-1] = (chain[-1][0], ple, cursor.at)
+        except Mismatch as failure:
+            cursor.at = at
+            return cells, n_layer, chain, failure.with_traceback(None)
+    return cells, n_layer, chain, None
+
+
+def _ple(cursor: Cursor, cells: int) -> Rows:
+    """Read the PLE state of a layer, which is of type f32 and does not say so."""
+    where = cursor.at
+    row_bytes = cursor.number("Q", "row size of P", 4, cursor.end if cells else MAX_ROW_BYTES)
+    if row_bytes % 4:
+        cursor.fail(where, f"row size of P is {row_bytes}, not a multiple of 4 bytes of f32")
+    data = cursor.skip(row_bytes * cells, "P rows")
+    return Rows("P", 0, cells, row_bytes, where, data, form="bare")
+
+
+def _after(failure: Mismatch, before: tuple[Memory, ...]) -> Mismatch:
     """Say that something did fit before a failure."""
     failure = failure.with_traceback(None)  # whose frames hold everything that was read
-    complete = sum(any(len(stream.cells) for stream in memory.streams) for memory in before)
+    caches = [m for m in before if isinstance(m, KvMemory)]
+    complete = sum(any(len(stream.cells) for stream in memory.streams) for memory in caches)
     if not complete:
         return failure
     reason = f"{complete} complete KV memory before this; then {failure.reason}"
@@ -386,41 +291,60 @@ def _after(failure: Mismatch, before: tuple) -> Mismatch:
 
 def _extent(reading: Reading) -> tuple:
     """Return what tells two readings apart: where they find rows and cells, and of what kind."""
-    parts: list[tuple] = []
+    parts: list[tuple] = [(reading.layout.program, reading.lead is None)]
     for memory in reading.memories:
         if isinstance(memory, RecurrentMemory):
-            parts.append(("REC", len(memory.cells), *memory.r, *memory.s))
+            parts.append(("REC", len(memory.cells), *memory.r, *memory.p, *memory.s))
             continue
+        if isinstance(memory, IkMemory):
+            parts.append((len(memory.cells), *memory.keys, *memory.values))
+            continue
+        if isinstance(memory, CompressedMemory):
+            parts.append((memory.name, *itertools.chain(*memory.records)))
+            continue
+        parts.append((memory.deferred, memory.counted))
         for stream in memory.streams:
-            mrope = stream.cells.has_coordinates
-            parts.append((memory.deferred, len(stream.cells), mrope, *stream.keys, *stream.values))
+            record = stream.cells.cell_bytes if len(stream.cells) else 0
+            own = (len(stream.cells), record, stream.rotation, *stream.keys, *stream.values)
+            parts.append(own)
     return tuple(parts)
 
 
-def _kv(cursor: Cursor, layout: Layout) -> KvMemory:
-    n_stream = cursor.number("I", "stream count", 1, MAX_SEQUENCES)
-    deferred = cursor.number("B", "deferred state", 0, 3) if layout.deferred else None
-    streams = tuple(_stream(cursor, layout) for _ in range(n_stream))
-    return KvMemory(streams, deferred)
+def _kv(cursor: Cursor, form: Form) -> KvMemory:
+    n_stream = cursor.number("I", "stream count", 1, MAX_SEQUENCES) if form.counted else 1
+    deferred = cursor.number("B", "deferred state", 0, 3) if form.deferred else None
+    streams = tuple(_stream(cursor, form) for _ in range(n_stream))
+    return KvMemory(streams, deferred, form.counted)
 
 
-def _stream(cursor: Cursor, layout: Layout) -> Stream:
-    cells = _cells(cursor, layout.mrope, least_sequences=1)
+def _stream(cursor: Cursor, form: Form) -> Stream:
+    cells = _cells(cursor, form.cell_bytes, least_sequences=1)
     if not len(cells):
         return Stream(cells)
     cursor.progress += 1
     v_trans = cursor.number("I", "v_trans", 0, 1)
-    n_layer = cursor.number("I", "layer count", 1, MAX_LAYERS)
+    n_layer = cursor.number("I", "layer count", 0, MAX_LAYERS)
+    rotation = None
+    if form.rotation_words:
+        rotation = (_rotation_size(cursor, "K"), _rotation_size(cursor, "V"))
     keys = tuple(_rows(cursor, "K", len(cells)) for _ in range(n_layer))
-    read_values = _transposed_rows if v_trans else _rows
-    n_values = n_layer if layout.values else 0
+    read_values = transposed_rows if v_trans else _rows
+    n_values = n_layer if form.values else 0
     values = tuple(read_values(cursor, "V", len(cells)) for _ in range(n_values))
-    return Stream(cells, v_trans, keys, values, _fingerprint(cursor))
+    return Stream(cells, v_trans, keys, values, _fingerprint(cursor), rotation)
+
+
+def _rotation_size(cursor: Cursor, kind: str) -> int:
+    where = cursor.at
+    size = cursor.number("I", f"size of the rotation of {kind}", 0, 1 << 20)
+    if size and (size < 64 or size & (size - 1)):
+        cursor.fail(where, f"size of the rotation of {kind} is {size}, no power of two from 64 up")
+    return size
 
 
 def _fingerprint(cursor: Cursor) -> int | None:
     """Read a footer if there is one; as many cells as its magic says do not fit in any file."""
-    if cursor.end - cursor.at < 8:
+    if cursor.left < 8:
         return None
     magic, fingerprint = struct.unpack_from("<II", cursor.buffer, cursor.at)
     if magic != FOOTER_MAGIC:
@@ -429,52 +353,21 @@ def _fingerprint(cursor: Cursor) -> int | None:
     return fingerprint
 
 
-def _recurrent(cursor: Cursor) -> RecurrentMemory:
-    """Read a recurrent memory that ends where the file does.
-
-    How many layers have recurrent state is not stored. Records of R and of S are alike, so that
-    there is one chain of them, and half of those that reach the end of the file are R.
-    """
-    cells = _cells(cursor, mrope=False, least_sequences=0)
-    cursor.number("I", "s_trans", 0, 0)
-    n_layer = cursor.number("I", "layer count", 1, MAX_LAYERS)
-    records: list[Rows] = []
-    while cursor.at < cursor.end and len(records) < 2 * n_layer:
-        records.append(_rows(cursor, "R or S", len(cells), least_bytes=0))
-    half, odd = divmod(len(records), 2)
-    if cursor.at < cursor.end or odd or not half:
-        cursor.fail(cursor.at, f"{n_layer} recurrent layers do not end where the file does")
-    r, s = (
-        tuple(replace(rows, kind=kind) for rows in some)
-        for kind, some in (("R", records[:half]), ("S", records[half:]))
-    )
-    return RecurrentMemory(cells, n_layer, r, s)
-
-
-def _cells(cursor: Cursor, mrope: bool, least_sequences: int) -> Cells:
+def _cells(cursor: Cursor, cell_bytes: int, least_sequences: int) -> Cells:
     """Read the cells of a stream; `least_sequences` is 0 where they may belong to none."""
-    key = cursor.at, mrope, least_sequences
-    if key not in cursor.shared.cells:
-        try:
-            cells = _read_cells(cursor, mrope, least_sequences)
-            cursor.shared.cells[key] = cells, cursor.at
-        except Mismatch as failure:
-            cursor.shared.cells[key] = failure.with_traceback(None), cursor.at
-    found, cursor.at = cursor.shared.cells[key]
-    if isinstance(found, Mismatch):
-        cursor.fail(found.at, found.reason)
-    return found
+    read = partial(_read_cells, cell_bytes=cell_bytes, least_sequences=least_sequences)
+    return cursor.once(("cells", cell_bytes, least_sequences), read)
 
 
-def _read_cells(cursor: Cursor, mrope: bool, least_sequences: int) -> Cells:
-    where, fixed = cursor.at, fixed_words(mrope)
+def _read_cells(cursor: Cursor, cell_bytes: int, least_sequences: int) -> Cells:
+    where, fixed = cursor.at, fixed_words(cell_bytes)
     count = cursor.number("I", "cell count", 0, (1 << 32) - 1)
-    if count > (cursor.end - cursor.at) // (4 * (fixed + least_sequences)):
-        cursor.fail(where, f"{count} cells do not fit the {cursor.end - cursor.at} bytes left")
+    if count > cursor.left // (4 * (fixed + least_sequences)):
+        cursor.fail(where, f"{count} cells do not fit the {cursor.left} bytes left")
     start = cursor.at
     words = np.frombuffer(cursor.buffer, "<i4", (cursor.end - start) // 4, start)
     if not count:
-        return Cells(words[:0], 0, 0, mrope)
+        return Cells(words[:0], 0, 0, cell_bytes)
     counts = _uniform_count(words, count, fixed, least_sequences)
     if counts is None:
         counts = _walk(cursor, words, count, fixed, least_sequences)
@@ -483,7 +376,7 @@ def _read_cells(cursor: Cursor, mrope: bool, least_sequences: int) -> Cells:
         size = (counts + fixed) * count
     _check_cells(cursor, words[:size], counts, count, fixed)
     cursor.skip(4 * size, "cells")
-    return Cells(words[:size], counts, count, mrope)
+    return Cells(words[:size], counts, count, cell_bytes)
 
 
 def _uniform_count(words: np.ndarray, count: int, fixed: int, least: int) -> int | None:
@@ -525,10 +418,10 @@ def _check_cells(
     for first in range(0, count, CHUNK_CELLS):
         n = min(CHUNK_CELLS, count - first)
         some = counts if isinstance(counts, int) else counts[first : first + n]
-        begins = _starts(np.broadcast_to(np.asarray(some), (n,)), fixed)
+        begins = starts(np.broadcast_to(np.asarray(some), (n,)), fixed)
         size = int(begins[-1]) + fixed + (some if isinstance(some, int) else int(some[-1]))
         piece = words[at : at + size]
-        ids = _sequence_mask(begins, size, fixed)
+        ids = sequence_mask(begins, size, fixed)
         bad = np.zeros(size, bool)
         bad[begins] = piece[begins] < -1
         bad |= ids & ((piece < 0) | (piece >= MAX_SEQUENCES))
@@ -551,25 +444,21 @@ def _type_id(cursor: Cursor, kind: str) -> tuple[int, Format | None]:
     return type_id, known
 
 
-def _undisputed(type_id: int) -> Format | None:
-    """Return what an id means, if it means the same everywhere; else None."""
-    known = meaning(type_id, None)
-    return known if all(fmt is known for _, _, fmt in meanings(type_id)) else None
-
-
 def _rows(cursor: Cursor, kind: str, cells: int, least_bytes: int = 1) -> Rows:
     where = cursor.at
     type_id, known = _type_id(cursor, kind)
     size_at = cursor.at
-    row_bytes = cursor.number("Q", f"row size of {kind}", least_bytes, cursor.end)
-    if known is not None and row_bytes % known.block_bytes:
+    most = cursor.end if cells else MAX_ROW_BYTES
+    row_bytes = cursor.number("Q", f"row size of {kind}", least_bytes, most)
+    if known is not None and max(0, row_bytes - known.layout.header_bytes) % known.block_bytes:
         need = f"a multiple of {known.block_bytes} bytes of {known.name}"
         cursor.fail(size_at, f"row size of {kind} is {row_bytes}, not {need}")
     data = cursor.skip(row_bytes * cells, f"{kind} rows")
     return Rows(kind, type_id, cells, row_bytes, where, data)
 
 
-def _transposed_rows(cursor: Cursor, kind: str, cells: int) -> Rows:
+def transposed_rows(cursor: Cursor, kind: str, cells: int) -> Rows:
+    """Read the rows of V as they are stored without flash attention: in columns."""
     where = cursor.at
     type_id, known = _type_id(cursor, kind)
     size_at = cursor.at
@@ -578,4 +467,4 @@ def _transposed_rows(cursor: Cursor, kind: str, cells: int) -> Rows:
         cursor.fail(size_at, f"transposed {kind} of type {type_id} and {element} bytes each")
     n_embd = cursor.number("I", f"width of {kind}", 1, cursor.end)
     data = cursor.skip(n_embd * element * cells, f"{kind} columns")
-    return Rows(kind, type_id, cells, n_embd * element, where, data, n_embd)
+    return Rows(kind, type_id, cells, n_embd * element, where, data, n_embd, "columns")

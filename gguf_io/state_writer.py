@@ -1,8 +1,8 @@
 """Writing state files: the same structure back, with other types for K and V if wanted.
 
 The file is serialised from what was parsed, not copied, so a file that comes back byte for byte has
-been understood. Rows that change their type are dequantised, un-rotated, rotated as the target's
-fork does and quantised, piece by piece.
+been understood. Rows that change their type are dequantised, un-rotated, rotated and padded as the
+target's fork does and quantised, piece by piece.
 """
 
 from __future__ import annotations
@@ -10,25 +10,29 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import BinaryIO
 
 import numpy as np
 
 import tbq
 from gguf_io.atomic import AtomicFiles, refuse_inputs
 from gguf_io.cache_tensor import CacheTensor
-from gguf_io.graph_rotation import rotation_kind, unfit_widths
+from gguf_io.graph_rotation import RotationChoice, choose_rotation
 from gguf_io.identify import known_dialect
 from gguf_io.state import StateFile, writes_deferred
-from gguf_io.state_parser import (
+from gguf_io.state_buun import HEADER_BYTES, fnv1a64
+from gguf_io.state_records import (
     DEFERRED_STATES,
-    FOOTER_MAGIC,
     Cells,
     KvMemory,
-    RecurrentMemory,
+    Memory,
     Rows,
+    Span,
     Stream,
 )
+from gguf_io.state_versions import VersionChange, change_version
+from gguf_io.state_views import ABSENT
 from gguf_io.types import (
     TensorType,
     Unknown,
@@ -38,7 +42,7 @@ from gguf_io.types import (
     row_bytes,
 )
 from gguf_io.writer import file_dialect
-from tbq import Format, InputError, Rotation, ValueOverflowError
+from tbq import AmbiguousTypeError, Format, InputError, Rotation, ValueOverflowError
 from tbq.format import GGML
 from tbq.registry import get_dialect, type_id
 
@@ -73,14 +77,27 @@ class Conversion:
         if not self.converts or is_unknown(t) or self.lender or t.sibling or t.transposed:
             return False
         same = (t.rotation and t.rotation.kind) == (self.rotation and self.rotation.kind)
+        same &= self.stored_head == t.stored_head
         return same and tbq.repackable(t.format, target)
+
+    @property
+    def stored_head(self) -> int | None:
+        """Values per head that are written, with what the target's cache pads them to."""
+        t = self.tensor
+        if not (self.converts and t.head_dim):
+            return t.stored_head
+        return get_dialect(self.format.dialect).state.head_values(self.format, t.head_dim)
+
+    @property
+    def n_embd(self) -> int | None:
+        """Values per row that is written."""
+        t = self.tensor
+        return t.n_head * self.stored_head if t.n_head else t.n_embd
 
     @property
     def row_bytes(self) -> int:
         """Bytes per row that is written."""
-        return (
-            row_bytes(self.format, self.tensor.n_embd) if self.converts else self.tensor.row_bytes
-        )
+        return row_bytes(self.format, self.n_embd) if self.converts else self.tensor.row_bytes
 
     @property
     def n_bytes(self) -> int:
@@ -97,6 +114,7 @@ class Plan:
         dialect, release: whose file is written; None if nothing in it depends on that.
         deferred: per memory, an index into DEFERRED_STATES; None where the file has no such byte.
         conversions: one per tensor, by name.
+        version: how it is written under another version; None under its own.
     """
 
     state: StateFile
@@ -104,6 +122,7 @@ class Plan:
     release: str | None
     deferred: tuple[int | None, ...]
     conversions: dict[str, Conversion]
+    version: VersionChange | None = None
 
     @property
     def moves(self) -> bool:
@@ -133,6 +152,7 @@ def plan_conversion(
     rotate: bool = True,
     allow_requantize: bool = False,
     allow_mixed: bool = False,
+    version: int | None = None,
 ) -> Plan:
     """Decide what `write_state` writes, and refuse what the fork would refuse to load.
 
@@ -146,8 +166,11 @@ def plan_conversion(
             programs that run with LLAMA_ATTN_ROT_DISABLE.
         allow_requantize: whether rows that are quantised already may be quantised again.
         allow_mixed: whether layers may differ in type where the fork's own reader cannot load that.
+        version: 9 or 10, the session version of llama.cpp to write, or the sequence version of the
+            same time, 2 or 3; the source's if omitted.
 
     Raises:
+        AmbiguousTypeError: what is written depends on the memory class, which is not known.
         InputError: a name that is no tensor; blocks that do not divide a row; a type that no cache
             takes, or takes on the other side; quantised V under transposed V; types of several
             dialects; layers of different types; quantised rows; staged rows that would stay behind.
@@ -157,25 +180,26 @@ def plan_conversion(
     target, release = _dialect(state, chosen, dialect)
     final = {name: chosen.get(name, t.format) for name, t in state.tensors.items()}
     conversions: dict[str, Conversion] = {}
-    unfit = unfit_widths(list(state.tensors.values()))
+    rotations = _target_rotations(state, final, rotate, target)
     for kind in "KV":
         tensors = [t for t in state.tensors.values() if t.kind == kind]
         touched = any(t.name in chosen for t in tensors)
-        rotation = _target_rotation(kind, tensors, final, rotate, target)
         before = None
         for t in tensors:
             c = Conversion(t, t.format, t.rotation, False)
             if touched:
-                own = None if (kind, t.memory) in unfit else rotation
-                c = _conversion(t, final[t.name], own, before)
+                c = _conversion(t, final[t.name], rotations.kind(kind, t.memory), before)
                 _check(c, allow_requantize)
             conversions[t.name] = before = c
     for name, t in state.tensors.items():  # recurrent rows stay, and the order is the file's
         conversions[name] = conversions.pop(name, None) or Conversion(t, t.format, None, False)
-    plan = Plan(state, target, release, _deferred(state, target, conversions), conversions)
+    changed = None if version is None else change_version(state, version)
+    deferred = _deferred(state, target, conversions)
+    plan = Plan(state, target, release, deferred, conversions, changed)
     if plan.changes:
         _check_types(plan, allow_mixed)
         _check_staging(plan)
+        _check_class(plan)
     return plan
 
 
@@ -210,12 +234,28 @@ def write_state(
     with AtomicFiles() as output:
         file = output.create(path)
         serialiser = _Serialiser(plan, threads, progress)
-        for piece in serialiser.pieces():
-            file.write(piece)
+        if plan.state.container.long_header:
+            _write_summed(file, serialiser.pieces())
+        else:
+            for piece in serialiser.pieces():
+                file.write(piece)
         plan.state.check_unchanged()
         if serialiser.overflow and not allow_overflow:
             raise ValueOverflowError(serialiser.overflow)
     return serialiser.overflow
+
+
+def _write_summed(file: BinaryIO, pieces: Iterator[bytes | np.ndarray]) -> None:
+    """Write a file with buun's header, whose size and checksum are known at the end."""
+    header = next(pieces)
+    file.write(header)
+    checksum = fnv1a64(header[HEADER_BYTES:])
+    for piece in pieces:
+        file.write(piece)
+        checksum = fnv1a64(piece, checksum)
+    size = file.tell()
+    file.seek(8)
+    file.write(struct.pack("<QQ", size, checksum))
 
 
 # --- planning ------------------------------------------------------------------------------------
@@ -242,6 +282,8 @@ def _dialect(
     state: StateFile, chosen: dict[str, TensorType], given: str | None
 ) -> tuple[str | None, str | None]:
     """Return the dialect and release of the file that is written."""
+    if not chosen and given is None:
+        return state.dialect, state.release  # whose types may be those of another
     final = {name: chosen.get(name, t.format) for name, t in state.tensors.items()}
     own = {kind.dialect for kind in final.values() if kind.dialect not in (None, GGML)}
     named = {kind.dialect for kind in chosen.values() if kind.dialect != GGML}
@@ -266,17 +308,15 @@ def is_unknown(tensor: CacheTensor) -> bool:
     return isinstance(tensor.format, Unknown)
 
 
-def _target_rotation(
-    kind: str,
-    tensors: list[CacheTensor],
-    final: dict[str, TensorType],
-    rotate: bool,
-    dialect: str | None,
-) -> str | None:
-    types = [final[t.name] for t in tensors]
-    if not rotate or not any(t.is_quantized for t in types):
-        return None
-    return rotation_kind(kind, types, dialect)
+def _target_rotations(
+    state: StateFile, final: dict[str, TensorType], rotate: bool, dialect: str | None
+) -> RotationChoice:
+    """Return what the target's graph would store K and V of these types under."""
+    own = state.graph(dialect)
+    if state.layout.program == "llama.cpp":  # whose types say whose graph it is
+        own = replace(own, dialect=dialect)
+    graph = replace(own, staging=False, stated={})
+    return choose_rotation("auto" if rotate else "off", list(state.tensors.values()), graph, final)
 
 
 def _conversion(
@@ -308,13 +348,7 @@ def _check(c: Conversion, allow_requantize: bool) -> None:
         raise InputError(argument, kind.label, f"a type that caches take: {', '.join(CACHE_TYPES)}")
     if t.kind not in kind.side:
         raise InputError(argument, kind.label, f"a type for {t.kind}; this one is for {kind.side}")
-    padded = get_dialect(kind.dialect).state.head_values(kind, t.head_dim or kind.group_values)
-    if t.head_dim and padded != t.head_dim:
-        got = f"{kind.label} for heads of {t.head_dim} values"
-        need = (
-            f"heads of whole {kind.group_values}s, as the cache pads others, which is not done here"
-        )
-        raise InputError(argument, got, need)
+    _check_padding(c, argument)
     if t.transposed and kind.is_quantized:
         need = (
             "f32, f16 or bf16: V is stored transposed (no flash attention), which blocks cannot be"
@@ -324,10 +358,25 @@ def _check(c: Conversion, allow_requantize: bool) -> None:
         got = f"{t.format.name}, which is quantised already"
         raise InputError(argument, got, f"allow_requantize to quantise it again, to {kind.name}")
     try:
-        row_bytes(kind, t.n_embd)
+        row_bytes(kind, c.n_embd)
     except InputError as error:
         raise InputError(argument, error.got, error.need) from None
     t.stored(0, 1)  # fails here, before anything is written, if it cannot be decoded
+
+
+def _check_padding(c: Conversion, argument: str) -> None:
+    """Refuse to pad heads where the fork's files lose that, or where their width is a guess."""
+    t, kind = c.tensor, c.format
+    if c.stored_head == t.head_dim:
+        return
+    got = f"{kind.label} for heads of {t.head_dim} values"
+    whole = f"heads of whole {kind.group_values}s"
+    if not get_dialect(kind.dialect).state.keeps_padding:
+        need = f"{whole}: {kind.dialect}'s cache pads others, but its files cut the rows"
+        raise InputError(argument, got, f"{need}, so that none could hold them")
+    if not t.head_told:
+        need = f"{whole}: the cache pads others, but this width is assumed"
+        raise InputError(argument, got, f"{need}; model= or head_dim= says what it is")
 
 
 def _check_types(plan: Plan, allow_mixed: bool) -> None:
@@ -352,6 +401,13 @@ def _check_staging(plan: Plan) -> None:
         if not c.converts and c.tensor.rotation is not None:
             need = "a new type too: its rows are staged, and the file would say that nothing is"
             raise InputError(f"type of {c.tensor.name}", c.format.name, need)
+
+
+def _check_class(plan: Plan) -> None:
+    """Refuse to guess a rotation that another class with the same bytes would not have."""
+    candidates, question = plan.state.class_candidates, plan.state.rotation.question
+    if candidates and question:
+        raise AmbiguousTypeError(str(plan.state.path), candidates, "pass memory= or model=")
 
 
 def _deferred(
@@ -391,31 +447,57 @@ class _Serialiser:
 
     def pieces(self) -> Iterator[bytes | np.ndarray]:
         state = self.plan.state
-        yield state.header
+        version = self.plan.version
+        numbers = () if version is None else (version.number, version.words)
+        yield state.container.header(*numbers)
+        if state.reading.lead is not None:
+            yield from self._written(state.reading.lead)
         for memory, deferred in zip(state.memories, self.plan.deferred, strict=True):
-            if isinstance(memory, RecurrentMemory):
-                yield from self._recurrent(memory)
+            yield from self._written(self._changed(memory, deferred))
+        appendix = state.container.appendix
+        if appendix is not None:
+            yield from self._span(Span(appendix.name, appendix.start, appendix.n_bytes))
+
+    def _written(self, memory) -> Iterator[bytes | np.ndarray]:
+        """Yield the bytes of a memory, or of what stands before it."""
+        for piece in memory.pieces():
+            if isinstance(piece, Cells):
+                self.plan.state.check_unchanged()  # cells are views of its map
+                yield from cell_bytes(piece)
+            elif isinstance(piece, Rows):
+                yield from self._rows(piece)
+            elif isinstance(piece, Span):
+                yield from self._span(piece)
             else:
-                yield from self._kv(memory, deferred)
+                yield piece
 
-    def _kv(self, memory: KvMemory, deferred: int | None) -> Iterator[bytes | np.ndarray]:
-        yield struct.pack("<I", len(memory.streams))
-        if deferred is not None:
-            yield struct.pack("<B", deferred)
-        for stream in memory.streams:
-            yield from self._stream(stream)
+    def _span(self, span: Span) -> Iterator[np.ndarray]:
+        for start in range(span.start, span.start + span.n_bytes, CHUNK_VALUES):
+            n = min(CHUNK_VALUES, span.start + span.n_bytes - start)
+            yield self.plan.state.bytes_at(start, n)
 
-    def _stream(self, stream: Stream) -> Iterator[bytes | np.ndarray]:
-        self.plan.state.check_unchanged()  # cells are views of its map
-        yield from cell_bytes(stream.cells)
-        if not len(stream.cells):
-            return
-        yield struct.pack("<II", stream.v_trans, len(stream.keys))
-        for rows in (*stream.keys, *stream.values):
-            yield from self._rows(rows)
-        fingerprint = self._fingerprint(stream)
-        if fingerprint is not None:
-            yield struct.pack("<II", FOOTER_MAGIC, fingerprint)
+    def _changed(self, memory: Memory, deferred: int | None) -> Memory:
+        """Return a memory with what its new rows imply."""
+        if self.plan.version is not None:
+            memory = self.plan.version.memory(memory)
+        if not isinstance(memory, KvMemory):
+            return memory
+        streams = tuple(
+            replace(s, fingerprint=self._fingerprint(s), rotation=self._sizes(s))
+            for s in memory.streams
+        )
+        return replace(memory, streams=streams, deferred=deferred)
+
+    def _sizes(self, stream: Stream) -> tuple[int, int] | None:
+        """Return the sizes of the rotations that are stated, where they are."""
+        if stream.rotation is None or not self.plan.changes:
+            return stream.rotation
+        sizes = list(stream.rotation)
+        for i, records in enumerate((stream.keys, stream.values)):
+            owners = [self.owner[id(rows)][0] for rows in records]
+            if any(c.converts for c in owners):
+                sizes[i] = max((c.rotation.size for c in owners if c.rotation), default=0)
+        return sizes[0], sizes[1]
 
     def _fingerprint(self, stream: Stream) -> int | None:
         """Return what stands in the footer that is written; None if there is none."""
@@ -428,23 +510,18 @@ class _Serialiser:
             return None
         return stream.fingerprint or 0
 
-    def _recurrent(self, memory: RecurrentMemory) -> Iterator[bytes | np.ndarray]:
-        self.plan.state.check_unchanged()
-        yield from cell_bytes(memory.cells)
-        yield struct.pack("<II", 0, memory.n_layer)
-        for rows in (*memory.r, *memory.s):
-            yield from self._rows(rows)
-
     def _rows(self, rows: Rows) -> Iterator[bytes | np.ndarray]:
+        if rows.type_id == ABSENT:
+            yield rows.head(ABSENT, 0)
+            return
         c, part = self.owner[id(rows)]
+        yield rows.head(self.plan.type_id(c), c.row_bytes)
         if rows.n_embd is not None:
-            element = c.row_bytes // rows.n_embd
-            yield struct.pack("<iII", self.plan.type_id(c), element, rows.n_embd)
             yield from self._columns(c, part)
             return
-        yield struct.pack("<iQ", self.plan.type_id(c), c.row_bytes)
         first = sum(other.cells for other in c.tensor.parts[:part])
-        step = max(1, CHUNK_VALUES // (c.tensor.n_embd or c.tensor.row_bytes or 1))
+        wide = max(c.tensor.n_embd or 0, c.n_embd or 0)
+        step = max(1, CHUNK_VALUES // (wide or c.tensor.row_bytes or 1))
         for start in range(first, first + rows.cells, step):
             stop = min(start + step, first + rows.cells)
             if c.repacks:
@@ -471,7 +548,9 @@ class _Serialiser:
         t = c.tensor
         x = t.values(start, stop, threads=self.threads)
         x = x if c.rotation is None else c.rotation.forward(x)
-        x = x.reshape(stop - start, t.n_embd)
+        if c.stored_head != t.head_dim:
+            x = np.pad(x, ((0, 0), (0, 0), (0, c.stored_head - t.head_dim)))
+        x = x.reshape(stop - start, c.n_embd)
         if c.lender is not None:
             lent = self._lent(c.lender, start, stop)
             return tbq.quantize_paired(x, lent, c.format, threads=self.threads)

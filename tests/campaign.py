@@ -40,6 +40,7 @@ import state_bytes as sb  # noqa: E402
 
 import gguf_io  # noqa: E402
 import tbq  # noqa: E402
+from gguf_io.state_origin import origin  # noqa: E402
 from tbq.registry import get_dialect  # noqa: E402
 from tools import tbq_inspect, tbq_quantize, tbq_vectors  # noqa: E402
 
@@ -241,11 +242,65 @@ def state_file(rng: random.Random) -> bytes:
             fill=rng.choice((b"\0", b"\x3c", rng.randbytes(37))),
         )
 
+    if rng.random() < 0.4:
+        return new_state_file(rng)
     memory = rng.choice(
         (kv, kv, kv, lambda: kv() + kv(), sb.rec, lambda: kv() + sb.rec(), lambda: b"")
     )()
     wrap = rng.choice((sb.sequence, sb.session, sb.session, lambda memory: memory))
     return wrap(memory)
+
+
+def new_state_file(rng: random.Random) -> bytes:
+    """Return a state file of later versions, of ik_llama.cpp or of buun, that is mostly right."""
+    count = rng.choice((0, 1, 2, 5))
+    types = [(0, 512), (1, 256), (8, 136)]
+    record = rng.choice((0, 2, 3))
+
+    def cache(values: bool = True, record: int = record) -> bytes:
+        rows = (rng.choice(types),) * rng.choice((0, 1, 2))
+        cells = sb.mrope_cells(count, lambda i: (i,) * record)
+        rotation = (0, 64) if rng.random() < 0.1 else None
+        if not count:
+            return sb.u32(1) + cells
+        return sb.kv_of(cells, count, rows, rows if values else (), rotation)
+
+    def ple() -> bytes:
+        rows = sb.rows(0, 64, 1) + struct.pack("<Q", 24) + bytes(24)
+        return sb.cells(1) + sb.u32(0, 4) + rows + sb.rows(0, 128, 1)
+
+    memory = rng.choice(
+        (
+            cache,
+            lambda: cache(False) * 2,
+            lambda: cache(False) * 3,
+            lambda: cache() + ple(),
+            lambda: cache() + sb.rec() + cache(False, 0),
+            lambda: cache() + cache() + sb.rec(),
+            lambda: sb.dsv4(count, mode=rng.randrange(2)),
+            lambda: sb.ik(count, v_state=rng.randrange(3)),
+            lambda: sb.ik(count, linear=((0, 64, 2), None, (0, 8, 1)), window=(8, 3, 5, 2)),
+        )
+    )()
+    words = rng.choice(
+        (
+            (1, 2, 3),
+            sb.packed_tokens((1, -1, 3), [(1, rng.randbytes(5))]),
+            sb.envelope((5, 6), logits=(0.5, 1.5)),
+        )
+    )
+    appendix = sb.checkpoints((b"a", b"", rng.randbytes(9))) if rng.random() < 0.2 else b""
+    return rng.choice(
+        (
+            lambda: sb.sequence(memory, words, rng.choice((2, 3, 4, 9))) + appendix,
+            lambda: sb.session(memory, rng.choice((b"llama", b"deepseek32")), words, 10),
+            lambda: sb.buun(memory, words),
+            lambda: sb.ik_session(sb.ik(count, sequences=(0,))),
+            lambda: sb.u32(0xAF143CD8, 1) + memory,
+            lambda: sb.u32(5) + b"llama" + memory,
+            lambda: b"BUUNRSMO" + sb.u32(1, 64, 1, 0, 8, 0, 0, 0, 0, 9, 0, 0, 0, 0) + bytes(8),
+        )
+    )()
 
 
 # --- what is done with a file --------------------------------------------------------------------
@@ -291,7 +346,8 @@ def touch_state(path: Path, rng: random.Random) -> None:
     with gguf_io.open_state(path, dialect=maybe_dialect(rng)) as state:
         for i, _ in enumerate(state.memories):
             for cells in state.cells(i):
-                len(cells.positions), len(cells.sequences), cells.coordinates
+                len(cells.positions), len(cells.sequences), cells.coordinates, cells.tokens
+        origin(state)
         for t in list(state.tensors.values())[:8]:
             with contextlib.suppress(tbq.TbqError):
                 t.values()
@@ -299,9 +355,23 @@ def touch_state(path: Path, rng: random.Random) -> None:
         gguf_io.write_state(copy, state)
         if copy.read_bytes() != path.read_bytes():
             raise AssertionError("a copy has other bytes")
+        if rng.random() < 0.2:
+            touch_versions(state, copy)
+
+
+def touch_versions(state: gguf_io.StateFile, copy: Path) -> None:
+    """Write a state file under each version, and read it back."""
+    for version in (9, 10):
+        with contextlib.suppress(tbq.InputError, tbq.AmbiguousTypeError):
+            gguf_io.write_state(copy, gguf_io.plan_conversion(state, version=version))
+            how = {"memory": state.layout.memory, "values": state.layout.values}
+            with gguf_io.open_state(copy, **how) as other:
+                if list(other.tensors) != list(state.tensors):
+                    raise AssertionError("another version has other tensors")
 
 
 MODELS = HERE / "samples" / "models"
+STATES, STATES_V3 = HERE / "samples" / "state", HERE / "samples" / "state-v3"
 
 
 def program_calls(path: Path, rng: random.Random, kind: str) -> Iterator[tuple[Callable, list]]:
@@ -313,10 +383,10 @@ def program_calls(path: Path, rng: random.Random, kind: str) -> Iterator[tuple[C
     flags += rng.choice(([], ["--pure"])) if kind == "gguf" else []
     yield tbq_quantize.main, [*flags, path, out, target]
     if kind == "gguf":
-        state = rng.choice(sorted((HERE / "samples" / "state").glob("pr21089.*session.bin")))
+        state = rng.choice(sorted(STATES.glob("pr21089.*session.bin")))
         yield tbq_inspect.main, ["--model", path, "--layers", "0", "--max-rows", "2", state]
     else:
-        model = rng.choice(sorted(MODELS.glob("*.gguf")))
+        model = rng.choice(sorted((*MODELS.glob("*.gguf"), *STATES_V3.glob("*.gguf"))))
         yield tbq_inspect.main, ["--model", model, "--json", path]
 
 
@@ -431,8 +501,9 @@ def files(ledger: Ledger, scratch: Path, stop: Stop, note: Callable[[bytes], Non
         "state": (state_file, touch_state),
     }[ledger.kind]
     mutate = Mutator(rng)
-    where = MODELS if ledger.kind == "gguf" else HERE / "samples" / "state"
-    samples = [p.read_bytes() for p in sorted(where.iterdir()) if p.stat().st_size < 1 << 17]
+    folders = (MODELS,) if ledger.kind == "gguf" else (STATES, STATES_V3)
+    paths = [p for folder in folders for p in sorted(folder.iterdir())]
+    samples = [p.read_bytes() for p in paths if p.stat().st_size < 1 << 17 and p.suffix != ".npz"]
     pool = [make(rng) for _ in range(POOL)]
     path = scratch / "file"
     while not stop(ledger.cases):

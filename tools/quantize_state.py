@@ -11,6 +11,7 @@ from gguf_io.convert import state_outcomes, verify_state
 from gguf_io.state_writer import Plan
 from tbq import InputError, counterpart
 from tbq.format import GGML
+from tbq.registry import writers
 
 from . import console, quantize_arguments, state_options
 from .patterns import compiled
@@ -43,6 +44,7 @@ def convert_state(args: argparse.Namespace) -> int:
             rotate=not args.no_rotate,
             allow_requantize=args.allow_requantize or args.to_dialect is not None,
             allow_mixed=args.allow_mixed,
+            version=args.state_version,
         )
         target = ",".join(f"{kind}={name}" for kind, name in chosen.items() if name)
         output = Path(args.output) if args.output else _default_output(state.path, chosen)
@@ -104,6 +106,11 @@ def _notes(job: Job, state: StateFile, plan: Plan) -> None:
     if plan.changes:
         job.note(f"input rotation: {state.rotation.reason}")
         job.note(state.head_dim_reason)
+    new = {c.format for c in plan.conversions.values() if c.converts}
+    for kind in sorted((k for k in new if len(writers(k)) > 1), key=lambda k: k.label):
+        job.note(f"{kind.label}: {kind.notes}")
+    for note in plan.version.notes if plan.version else ():
+        job.note(note)
     if state.dialect and plan.dialect != state.dialect:
         job.note(f"the output is a dump of {plan.dialect}, the input one of {state.dialect}")
 

@@ -20,8 +20,13 @@ NAMES = (
     "values",
     "recurrent_layers",
     "any_version",
+    "keep_trailing",
 )
-MEMORY_CLASSES = ("kv", "iswa", "recurrent", "hybrid", "hybrid_iswa")
+# `gguf_io.memory_classes.NAMES`, which --help does without
+MEMORY_CLASSES = (
+    *("kv", "dsa", "iswa", "msa", "recurrent", "hybrid", "hybrid_iswa", "hybrid_idx"),
+    *("dsa_iswa", "dsv4", "none"),
+)
 
 
 def add(parser: argparse._ArgumentGroup) -> None:
@@ -41,7 +46,12 @@ def add(parser: argparse._ArgumentGroup) -> None:
     add("--mrope", choices=("yes", "no"), help="whether cells have M-RoPE coordinates")
     add("--values", choices=("yes", "no"), help="whether there are V rows")
     add("--recurrent-layers", metavar="N", type=int, help="layers with recurrent state")
-    add("--any-version", action="store_true", help="read versions whose layout may differ")
+    add("--any-version", action="store_true", help="no longer needed: a version is only a hint")
+    add(
+        "--keep-trailing",
+        action="store_true",
+        help="keep bytes after the memory of a sequence file that nothing explains",
+    )
 
 
 def open_from(args: argparse.Namespace, path: str, **changes) -> StateFile:
@@ -58,7 +68,7 @@ def open_from(args: argparse.Namespace, path: str, **changes) -> StateFile:
         "mrope": yes_no[args.mrope],
         "values": yes_no[args.values],
         "recurrent_layers": args.recurrent_layers,
-        "any_version": args.any_version,
+        "trailing": args.keep_trailing,
     }
     return open_state(path, **(options | changes))
 
