@@ -34,6 +34,7 @@ class CandidateResult:
         relative_mse, cosine: of the values, in their original domain.
         attention: what it does to attention, the other side exact; None for tensors of a model.
         unfit: why it could not be tried; the numbers are NaN then.
+        bpw: bits per value, padding of heads included; None if it could not be tried.
     """
 
     type: TensorType
@@ -41,12 +42,13 @@ class CandidateResult:
     cosine: float = float("nan")
     attention: AttentionError | None = None
     unfit: str | None = None
+    bpw: float | None = None
 
     def report(self) -> dict:
         """Return the numbers for the JSON report."""
         return {
             "type": self.type.label,
-            "bpw": self.type.bpw,
+            "bpw": self.type.bpw if self.bpw is None else self.bpw,
             "relative_mse": self.relative_mse,
             "cosine": self.cosine,
             "attention": self.attention.report() if self.attention else None,
@@ -96,9 +98,12 @@ def try_candidate(
 ) -> CandidateResult:
     """Quantise values, float32 (rows, heads, head_dim), as the fork's cache would, and compare."""
     rows, heads, head_dim = values.shape
+    whole = head_dim
     try:
         kind = kind.fitting(head_dim=head_dim, side=None if side == "T" else side)
-        unfit = fits(kind, side, heads * head_dim)
+        if side != "T":
+            whole = get_dialect(kind.dialect).state.head_values(kind, head_dim)
+        unfit = fits(kind, side, heads * whole)
     except InputError as error:
         unfit = f"needs {error.need}"
     if unfit:
@@ -108,13 +113,15 @@ def try_candidate(
         name = rotation_kind(side, [kind])
         rotation = tbq.rotation(name, head_dim) if name else None
     x = values if rotation is None else rotation.forward(values)
+    x = np.pad(x, ((0, 0), (0, 0), (0, whole - head_dim)))
     packed = quantize_rows(x.reshape(rows, -1), kind, threads=threads)
-    y = dequantize_rows(packed, kind, threads=threads).reshape(values.shape)
+    y = dequantize_rows(packed, kind, threads=threads).reshape(x.shape)[..., :head_dim]
     y = y if rotation is None else rotation.inverse(y)
     distortion = Distortion()
     distortion.add(values, y)
     attention = exact.error(**{side.lower(): y}) if exact is not None else None
-    return CandidateResult(kind, distortion.relative_mse, distortion.cosine, attention)
+    bits = kind.bpw * whole / head_dim
+    return CandidateResult(kind, distortion.relative_mse, distortion.cosine, attention, bpw=bits)
 
 
 @dataclass(frozen=True)
@@ -173,37 +180,40 @@ def cheapest(
         return a.kl <= max_kl if side == "K" else (a.output_error or 0.0) <= max_output_error
 
     found = []
+    unquantised = resolve_type(UNQUANTISED)
     for dialect in _dialects(layers):
         per_layer: list[tuple[str, dict[str, TensorType]]] = []
         common: dict[str, set[TensorType]] = {}
+        bits = {unquantised: unquantised.bpw}  # a type may take more where heads are padded
         for layer in layers:
             chosen = {}
             for side, results in layer.results.items():
-                passing = {
-                    r.type for r in results if good(side, r) and _dialect(r.type) in (None, dialect)
-                } | {resolve_type(UNQUANTISED)}
-                chosen[side] = min(passing, key=_price)
+                passing = {unquantised}
+                for r in results:
+                    if good(side, r) and _dialect(r.type) in (None, dialect):
+                        passing.add(r.type)
+                        bits[r.type] = max(bits.get(r.type, 0.0), r.bpw or r.type.bpw)
+                chosen[side] = min(passing, key=lambda kind: (bits[kind], kind.label))
                 common[side] = common.get(side, passing) & passing
             per_layer.append((layer.name, chosen))
-        uniform = {side: min(kinds, key=_price) for side, kinds in common.items()}
+        uniform = {
+            side: min(kinds, key=lambda kind: (bits[kind], kind.label))
+            for side, kinds in common.items()
+        }
         found.append(
             Combination(
                 dialect,
                 uniform["K"].label,
                 uniform["V"].label if "V" in uniform else None,
-                _bpw(layers, [uniform] * len(layers)),
+                _bpw(layers, [uniform] * len(layers), bits),
                 [
                     (name, kinds["K"].label, kinds["V"].label if "V" in kinds else None)
                     for name, kinds in per_layer
                 ],
-                _bpw(layers, [kinds for _, kinds in per_layer]),
+                _bpw(layers, [kinds for _, kinds in per_layer], bits),
             )
         )
     return sorted(found, key=lambda c: (c.bpw, c.layers_bpw))
-
-
-def _price(kind: TensorType) -> tuple[float, str]:
-    return kind.bpw, kind.label
 
 
 def _dialect(kind: TensorType) -> str | None:
@@ -217,10 +227,14 @@ def _dialects(layers: Iterable[LayerCandidates]) -> list[str | None]:
     return list(named) or [None]
 
 
-def _bpw(layers: Sequence[LayerCandidates], kinds: Sequence[dict[str, TensorType]]) -> float:
+def _bpw(
+    layers: Sequence[LayerCandidates],
+    kinds: Sequence[dict[str, TensorType]],
+    bits_of: dict[TensorType, float],
+) -> float:
     bits = values = 0.0
     for layer, chosen in zip(layers, kinds, strict=True):
         for side, kind in chosen.items():
-            bits += kind.bpw * layer.widths[side]
+            bits += bits_of[kind] * layer.widths[side]
             values += layer.widths[side]
     return bits / values if values else float("nan")

@@ -14,11 +14,12 @@ from gguf_io.cache_tensor import CacheTensor
 from gguf_io.candidates import CandidateResult, LayerCandidates, try_candidate
 from gguf_io.graph_rotation import ROTATED_MULTIPLE, rotation_kind
 from gguf_io.health import BlockHealth
+from gguf_io.queries import NONE, Queries, exact_attention
 from gguf_io.reader import GgufFile, GgufTensor
 from gguf_io.state import StateFile
 from gguf_io.types import TensorType, Unknown, dequantize_rows
 from tbq import InputError, Rotation, TbqError
-from tbq.quality import AttentionError, Distortion, ExactAttention
+from tbq.quality import AttentionError, Distortion
 from tbq.quality.statistics import HeadStatistics, head_statistics
 from tbq.rotations import KINDS
 
@@ -61,7 +62,7 @@ class ModelTensor:
         self.n_bytes = tensor.n_bytes
         self.n_cells = tensor.n_rows
         self.n_embd = None if isinstance(tensor.format, Unknown) else tensor.row_values
-        self.head_dim = self.n_embd
+        self.head_dim = self.row_values = self.n_embd
         self.ggml_shape = tensor.ggml_shape
         self.n_values = tensor.n_values
         block = re.match(r"blk\.([0-9]{1,6})\.", tensor.name)
@@ -94,12 +95,14 @@ class Settings:
         candidates: types to try.
         layers: what contains the layer numbers to look at; None for all.
         threads: worker threads of the codecs.
+        queries: what is known of the model's queries.
     """
 
     max_rows: int = 4096
     candidates: list[TensorType] = field(default_factory=list)
     layers: Container[int] | None = None
     threads: int | None = None
+    queries: Queries = NONE
 
 
 @dataclass
@@ -155,7 +158,7 @@ class Inspection:
             if t.kind in "KV" and f.candidates:
                 name = re.sub(r"cache_[kv]_l", "layer ", t.name)
                 layer = layers.setdefault((t.memory, t.layer), LayerCandidates(name, {}, {}))
-                layer.widths[t.kind] = t.n_embd
+                layer.widths[t.kind] = t.row_values
                 layer.results[t.kind] = f.candidates
         return list(layers.values())
 
@@ -194,7 +197,7 @@ def inspect_file(
             other = others.get(f.tensor.name)
             if other is not None and not f.undecodable and f.tensor.n_values:
                 _compare(f, other, pairings.get(f.tensor.memory), inspection, settings)
-        _attention(done, others, pairings, settings)
+        _attention(done, others, pairings, inspection, settings)
         _try_candidates(done, inspection, settings, progress)
     for opened in filter(None, (file, reference)):
         opened.check_unchanged()
@@ -240,7 +243,7 @@ def statistics_rotation(t: Tensor) -> Rotation | None:
     if t.rotation is not None:
         return t.rotation
     width = t.head_dim or 0
-    if not width or width % ROTATED_MULTIPLE or t.kind in "RS":
+    if not width or width % ROTATED_MULTIPLE or t.kind in "RSP":
         return None
     kind = "hadamard64" if t.kind == "T" else rotation_kind(t.kind, [])
     return tbq.rotation(kind, width)
@@ -336,7 +339,7 @@ def _pairings(file, reference) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         return {}
     found = {}
     for memory, name in enumerate(file.memory_names):
-        if name == "recurrent" or name not in reference.memory_names:
+        if name not in reference.memory_names or not _is_cache(file, memory):
             continue
         mine = _cell_keys(file, memory)
         its = _cell_keys(reference, reference.memory_names.index(name))
@@ -349,6 +352,11 @@ def _pairings(file, reference) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     return found
 
 
+def _is_cache(state: StateFile, memory: int) -> bool:
+    """Tell whether rows of a memory are those of cells with positions."""
+    return state.memory_names[memory] != "recurrent" and bool(state.cells(memory))
+
+
 def _cell_keys(state: StateFile, memory: int) -> np.ndarray:
     """Return one number per row, made of its cell's first sequence and its position."""
     keys = []
@@ -356,6 +364,7 @@ def _cell_keys(state: StateFile, memory: int) -> np.ndarray:
         counts = cells.sequence_counts.astype(np.int64)
         first = np.cumsum(counts) - counts
         sequence = cells.sequences[np.minimum(first, max(0, len(cells.sequences) - 1))]
+        sequence = np.where(counts > 0, sequence, 0) if len(sequence) else counts
         keys.append(sequence.astype(np.int64) << 32 | cells.positions)
     return np.concatenate(keys)
 
@@ -369,10 +378,9 @@ def _compare(
 ) -> None:
     """Accumulate the error over all rows that both files have."""
     t = f.tensor
-    if pairing is None:
-        pairing = (np.arange(t.n_cells),) * 2
-    mine, its = pairing
-    if t.n_embd != other.n_embd or (t.kind not in "KV" and t.n_cells != other.n_cells):
+    unpaired = pairing is None
+    mine, its = (np.arange(t.n_cells),) * 2 if pairing is None else pairing
+    if t.row_values != other.row_values or (unpaired and t.n_cells != other.n_cells):
         shapes = f"{t.ggml_shape} and {other.ggml_shape}"
         inspection.warn(f"shapes differ from the reference's: {shapes}", t.name)
         return
@@ -392,7 +400,7 @@ def _compare(
 def _explanation(t: Tensor, exact: np.ndarray, found: np.ndarray) -> str:
     """Say which other reading of the rotation would explain a large error."""
     if t.kind in "KV":
-        n = t.n_embd
+        n = t.row_values
         stored = found if t.rotation is None else t.rotation.forward(found)
         stored, exact = stored.reshape(-1, n), exact.reshape(-1, n)
         readings = [(_relative_mse(stored, exact), "no rotation")]
@@ -419,6 +427,7 @@ def _attention(
     done: list[Findings],
     others: dict[str, Tensor],
     pairings: dict[int, tuple[np.ndarray, np.ndarray]],
+    inspection: Inspection,
     settings: Settings,
 ) -> None:
     """Compare the attention of a layer's K and V with that of the reference."""
@@ -438,10 +447,30 @@ def _attention(
         found[kind] = f.tensor.values_at(mine[sample], threads=settings.threads)
         exact[kind] = exact[kind].reshape(found[kind].shape)
     same_heads = "V" in exact and exact["V"].shape[1] == exact["K"].shape[1]
-    attention = ExactAttention(exact["K"], exact["V"] if same_heads else None)
+    v = exact["V"] if same_heads else None
+    attention = _exact(inspection, settings, k.tensor, mine[sample], exact["K"], v)
+    if attention is None:
+        return
     error = attention.error(found["K"], found["V"] if same_heads else None)
     for f in by_kind.values():
         f.attention = error
+
+
+def _exact(
+    inspection: Inspection,
+    settings: Settings,
+    t: CacheTensor,
+    rows: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray | None,
+):
+    """Return the exact attention to some rows of a layer, None if that cannot be had."""
+    keys = _cell_keys(inspection.file, t.memory)[rows]
+    windowed = inspection.file.memory_names[t.memory] == "swa"
+    exact = exact_attention(settings.queries, t.layer, windowed, keys, k, v)
+    if exact is None:
+        inspection.warn("no query of the file looks at any of its cells", t.name)
+    return exact
 
 
 # --- candidates ----------------------------------------------------------------------------------
@@ -461,7 +490,9 @@ def _try_candidates(
     if "K" in values and len(rows) > 1:
         v = values.get("V")
         same_heads = v is not None and v.shape[1] == values["K"].shape[1]
-        exact = ExactAttention(values["K"], v if same_heads else None)
+        t = next(f.tensor for f in usable if f.tensor.kind == "K")
+        v = v if same_heads else None
+        exact = _exact(inspection, settings, t, rows, values["K"], v)
     for f in usable:
         side = f.tensor.kind
         if f.tensor.format.is_quantized:

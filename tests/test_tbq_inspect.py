@@ -10,7 +10,7 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
-from conftest import HERE, MODELS, NUMBERED, SAMPLES, STATES, WRONG
+from conftest import HERE, MODELS, NUMBERED, SAMPLES, STATES, STATES_V3, WRONG
 
 import tbq
 from gguf_io import OutputTensor, open_state, resolve_type, write_gguf
@@ -90,7 +90,7 @@ def test_what_the_text_says(inspect):
     assert code == 0
     for words in (
         "sequence file (GGSQ) v2, architecture gemma3, 200 tokens",
-        "iswa: the only layout that explains the file",
+        "iswa: sections that explain the file to its last byte",
         "base      stream 0: 204 cells, positions 0 to 203, sequence 0 in 204",
         "keys hadamard: the default for tbq4_0 caches",
         "heads are the model's",
@@ -226,7 +226,9 @@ def test_every_format_is_healthy_as_encoded(fmt, rng):
     assert (health.dead_codes > 0) == (fmt.key in WRONG)
     blocks = fmt.codec.blocks(packed).reshape(-1)
     assert health.blocks == len(blocks)
-    zero = np.all([blocks[name] == 0 for name in fmt.layout.scales], axis=0)
+    scales = (*fmt.layout.scales, *fmt.layout.small_scales)
+    zero = [(blocks[name].reshape(len(blocks), -1) == 0).all(axis=1) for name in scales]
+    zero = np.all(zero, axis=0) if scales else np.zeros(len(blocks), bool)
     assert health.zero_blocks == zero.sum()
     for kind, counts in health.histograms.items():
         per_block = fmt.codec.codes(blocks)[kind][0].shape[1]
@@ -240,7 +242,7 @@ def test_what_is_healthy_causes_no_warning(fmt, tmp_path, report, rng):
     write_gguf(path, {}, [OutputTensor.from_packed("t", packed, fmt)])
     found = report(path)
     (t,) = found["tensors"]
-    assert t["type"] == fmt.key
+    assert t["type"] == (fmt.name if fmt.is_ggml else fmt.key)
     if fmt.choice:  # a model's tensor does not say which it is
         assert any(need in w for w in found["warnings"] for need in ("side", "head_dim"))
         return
@@ -325,30 +327,42 @@ def test_nonfinite_values_are_counted_not_spread(tmp_path, report):
 
 
 def test_attention_error_is_that_of_the_formula(rng):
-    from tbq.quality.attention_error import ExactAttention
+    from tbq.quality import ExactAttention, visible
 
     k, v = rng.standard_normal((2, 30, 2, 64)).astype(np.float32)
     k2 = k + 0.1 * rng.standard_normal(k.shape).astype(np.float32)
     v2 = v + 0.1 * rng.standard_normal(v.shape).astype(np.float32)
-    found = ExactAttention(k, v).error(k2, v2)
+    q = rng.standard_normal((12, 4, 64)).astype(np.float32)  # two query heads share one of K
+    positions, window, scale = np.arange(8, 20), 5, 0.3
+    seen = visible(positions, np.arange(30), window)
+    found = ExactAttention(k, v, q, seen, scale).error(k2, v2)
     squared, kl, wrong, right = [], [], 0.0, 0.0
-    for head in range(2):
-        for i in range(30):
-            others = [j for j in range(30) if j != i]
-            q = k[i, head].astype(np.float64)
-            a, b = (x[others, head].astype(np.float64) @ q / 8 for x in (k, k2))
+    for head in range(4):
+        for i, position in enumerate(positions):
+            cells = range(position - window + 1, position + 1)
+            query = q[i, head].astype(np.float64)
+            a, b = (x[cells, head // 2].astype(np.float64) @ query * scale for x in (k, k2))
             p, p2 = (np.exp(z - z.max()) / np.exp(z - z.max()).sum() for z in (a, b))
-            squared.append(((a - b) ** 2).mean())
+            squared += list((a - b) ** 2)
             kl.append((p * np.log(p / p2)).sum())
-            exact = p @ v[others, head]
-            wrong += ((p2 @ v2[others, head] - exact) ** 2).sum()
+            exact = p @ v[cells, head // 2]
+            wrong += ((p2 @ v2[cells, head // 2] - exact) ** 2).sum()
             right += (exact**2).sum()
     assert found.logit_rmse == pytest.approx(np.sqrt(np.mean(squared)), rel=1e-4)
     assert found.kl == pytest.approx(np.mean(kl), rel=1e-3)
     assert found.output_error == pytest.approx(wrong / right, rel=1e-3)
-    same = ExactAttention(k, v).error(k, v)
+    same = ExactAttention(k, v, q, seen, scale).error(k, v)
     assert (same.logit_rmse, same.output_error) == (0, 0)
     assert same.kl < 1e-6
+
+
+def test_queries_see_their_own_sequence_up_to_themselves():
+    from tbq.quality import visible
+
+    cells = np.array([0 << 32 | 0, 0 << 32 | 1, 1 << 32 | 0, 0 << 32 | 2])
+    seen = visible(cells, cells).astype(int)
+    assert seen.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [1, 1, 0, 1]]
+    assert visible(cells, cells, 1).astype(int).tolist() == np.eye(4, dtype=int).tolist()
 
 
 def test_candidates_do_to_a_dump_what_conversion_does(report, tmp_path, quantize):
@@ -417,9 +431,11 @@ def test_candidates_for_a_model(report, inspect):
     found = report("--candidates", "all", path)
     names = {c["type"] for c in found["tensors"][0]["candidates"]}
     dialects = {name for name in tbq.dialects() if not get_dialect(name).backend_of}
-    own = {f.key for f in tbq.formats() if f.dialect in dialects and not f.sibling}
+    forks = [f for f in tbq.formats() if f.dialect in dialects and not f.is_ggml]
+    own = {f.key for f in forks if not f.sibling}
     own = {key for key in own if [*tbq.get_format(key).variants()] == [tbq.get_format(key)]}
-    assert own < names
+    assert own | {"q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl"} < names
+    assert not names & {"q1_0", "q2_0", "mxfp4", "tq2_0", "f8_e4m3"}  # no cache has these
     assert all(c["attention"] is None for c in found["tensors"][0]["candidates"])
     assert found["choice"] is None
 
@@ -539,7 +555,56 @@ def test_unknown_types_are_listed_raw(tmp_path, report):
     assert any("a type that can be decoded" in w for w in found["warnings"])
 
 
+@pytest.mark.parametrize("type_ids", [(0, 77), (77, 77)])
+def test_bits_of_unknown_types_are_not_guessed(tmp_path, report, inspect, type_ids):
+    """A file says where an unknown tensor ends at most, not how many bytes of that are its own."""
+    import gguf_bytes as g
+
+    records = [g.tensor(f"t{i}", (64,), number, 256 * i) for i, number in enumerate(type_ids)]
+    path = tmp_path / "model.gguf"
+    path.write_bytes(g.gguf_file([], records, bytes(256 + 1408)))  # the last has room for 176 bits
+    found = report(path)
+    assert [t["bpw"] for t in found["tensors"]] == [32 if i == 0 else None for i in type_ids]
+    assert all(t["compression"] is None for t in found["tensors"] if t["bpw"] is None)
+    known = 0 in type_ids
+    assert found["totals"]["bpw"] == (32 if known else None)
+    assert found["totals"]["compression"] == (0.5 if known else None)
+    _, out, _ = inspect(path)
+    assert f"{'32.00' if known else '-'} bits per value where the type is known" in out
+
+
 def test_help_needs_no_numba():
     code = "import sys; from tools.tbq_inspect import build_parser; build_parser().format_help(); "
     code += "sys.exit('numba' in sys.modules or 'gguf' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=HERE.parent).returncode == 0
+
+
+EACH_CLASS = sorted(p.name for p in STATES_V3.glob("*.q8_0.se*.bin") if "norot" not in p.name)
+
+
+@pytest.mark.parametrize("name", EACH_CLASS)
+def test_every_memory_class_is_reported(report, name):
+    found = report(STATES_V3 / name)["state"]
+    assert found["origin"]["program"].startswith("llama.cpp")
+    old = name.startswith("v9.")
+    assert [loads["loads"] for loads in found["loads"]] == [old, not old, False]
+    assert len(found["memories"]) == len({m["name"] for m in found["memories"]})
+    names = {m["name"] for m in found["memories"]}
+    assert {c["part"] for c in found["rotation"]["caches"]} <= names
+    several = found["memory"] in ("iswa", "dsa", "msa")
+    assert ("write the same sections" in found["layout_reason"]) == several
+    assert ("only layout" in found["layout_reason"]) == (not several)
+
+
+def test_the_text_fits_a_screen(inspect):
+    code, text, _ = inspect(STATES_V3 / "deepseek32.q8_0.seq.bin")
+    assert code == 0
+    head = text[: text.index("Tensors (")].splitlines()
+    assert len(head) <= 26
+    assert max(map(len, head)) <= 100
+    for words in ("written by", "layout", "rotation", "heads", "loads in"):
+        assert any(line.strip().startswith(words) for line in head)
+    joined = " ".join(" ".join(head).split())
+    assert "dsa and iswa write the same" in joined
+    assert "memory= or model= decides" in joined
+    assert "it wants version 4" in joined

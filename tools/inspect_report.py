@@ -4,17 +4,37 @@ from __future__ import annotations
 
 import numpy as np
 
-from gguf_io import StateFile
+from gguf_io import GgufFile, StateFile
+from gguf_io.cache_shapes import cache_shapes
 from gguf_io.candidates import Combination
 from gguf_io.inspection import Findings, Inspection
-from gguf_io.state_parser import DEFERRED_STATES, KvMemory
+from gguf_io.planner import Context, plan, uniform
+from gguf_io.queries import NONE, Queries
+from gguf_io.state_container import Container
+from gguf_io.state_origin import origin
+from gguf_io.state_records import (
+    DEFERRED_STATES,
+    CompressedMemory,
+    IkMemory,
+    KvMemory,
+    RecurrentMemory,
+)
+from gguf_io.types import Unknown, resolve_type
+from tbq import TbqError
 from tbq.quality.attention_error import QUERIES
 
 SCHEMA = "tbq-inspect/1"
 F16_BITS = 16
+CACHE_TYPE = "f16"  # llama.cpp's default
+CLASSES = {
+    KvMemory: "kv",
+    IkMemory: "kv",
+    RecurrentMemory: "recurrent",
+    CompressedMemory: "compressed",
+}
 ASSUMPTIONS = (
-    f"Attention is that of up to {QUERIES} of the layer's own exact keys, used as queries against "
-    "the keys of all other sampled cells, scaled by 1/sqrt(head_dim); real queries differ."
+    f"Attention: {{source}}; up to {QUERIES} per head, each sees the cells of its sequence up to "
+    "its own position, and no further back than a window where that is known."
 )
 
 
@@ -23,12 +43,15 @@ def report(
     reference: str | None,
     limits: dict[str, float],
     combinations: list[Combination],
+    queries: Queries = NONE,
 ) -> dict:
     """Return everything that was found, as plain Python values."""
     file = found.file
     tensors = [_tensor(f) for f in found.findings]
     n_bytes = sum(t["n_bytes"] for t in tensors)
     values = sum(t["values"] or 0 for t in tensors)
+    sized = [t for t in tensors if t["bpw"] is not None]  # of others no size is known, only room
+    sized_bytes, sized_values = (sum(t[key] for t in sized) for key in ("n_bytes", "values"))
     return {
         "schema": SCHEMA,
         "path": str(file.path),
@@ -42,14 +65,14 @@ def report(
             "tensors": len(tensors),
             "n_bytes": n_bytes,
             "values": values,
-            "bpw": 8 * n_bytes / values if values else None,
-            "compression": F16_BITS * values / (8 * n_bytes) if n_bytes else None,
+            "bpw": 8 * sized_bytes / sized_values if sized_values else None,
+            "compression": F16_BITS * sized_values / (8 * sized_bytes) if sized_bytes else None,
         },
         "tensors": tensors,
         "reference": None
         if reference is None
         else {"path": reference, "cells": found.compared_cells},
-        "assumptions": ASSUMPTIONS
+        "assumptions": ASSUMPTIONS.format(source=queries.source)
         if any(f.attention or f.candidates for f in found.findings)
         else None,
         "choice": None
@@ -65,23 +88,54 @@ def _gguf(file) -> dict:
         "shards": [str(path) for path in file.shard_paths],
         "architecture": file.architecture,
         "metadata_keys": len(file.metadata),
+        "cache": _cache(file),
+    }
+
+
+def _cache(file: GgufFile) -> dict | None:
+    """Return what the KV cache will be, as f16, at the training context; None if unknown."""
+    try:
+        shapes = cache_shapes(file)
+        if not shapes.n_ctx_train:
+            return None
+        kind = resolve_type(CACHE_TYPE)
+        found = plan(shapes, Context(n_ctx=shapes.n_ctx_train), uniform(kind, kind))
+    except TbqError:
+        return None  # tbq-plan says why
+    return {
+        "type": CACHE_TYPE,
+        "n_ctx": shapes.n_ctx_train,
+        "n_bytes": found.n_bytes,
+        "caches": [
+            {"name": c.part.name, "cells": c.cells, "layers": len(c.layers)} for c in found.caches
+        ],
     }
 
 
 def _state(file: StateFile) -> dict:
     container, layout = file.container, file.layout
+    tokens, found = container.token_list, origin(file)
     return {
         "container": container.kind,
         "version": container.version,
+        "version_newer": container.newer and layout.program == "llama.cpp",
         "bytes": file.size,
         "architecture": container.architecture or (file.model.architecture if file.model else None),
-        "tokens": None if container.tokens is None else len(container.tokens),
+        "tokens": None if tokens is None else len(tokens),
         "server_tokens": file.has_server_tokens,
+        "slot": _slot(container),
+        "envelope": _envelope(container),
+        "appendix": _appendix(container),
         "sequence_id": container.sequence_id,
+        "origin": {"program": found.program, "reasons": list(found.reasons)},
+        "loads": [vars(loads) for loads in found.loads],
         "memory": layout.memory,
+        "memory_candidates": list(file.class_candidates),
+        "partial": layout.partial,
         "layout": str(layout),
         "layout_reason": file.layout_reason,
         "mrope": layout.mrope,
+        "cell_bytes": layout.cell_bytes,
         "values": layout.values,
         "deferred_state": file.deferred_state,
         "rotation": {
@@ -89,10 +143,40 @@ def _state(file: StateFile) -> dict:
             "values": file.rotation.values,
             "reason": file.rotation.reason,
             "unclear": file.rotation.unclear,
+            "caches": [vars(cache) for cache in file.rotation.caches],
         },
         "heads": file.head_dim_reason,
         "memories": [_memory(file, i) for i in range(len(file.memories))],
     }
+
+
+def _slot(container: Container) -> dict | None:
+    if container.slot is None:
+        return None
+    media = [{"start": m.start, "bytes": len(m.data)} for m in container.slot.media]
+    return {"version": container.slot.version, "media": media}
+
+
+def _envelope(container: Container) -> dict | None:
+    if container.envelope is None:
+        return None
+    e = container.envelope
+    return {
+        "version": e.version,
+        "flags": e.flags,
+        "logits": e.logits,
+        "digests": e.digests,
+        "checks": e.checks,
+    }
+
+
+def _appendix(container: Container) -> dict | None:
+    if container.appendix is None:
+        return None
+    a = container.appendix
+    names = ("tokens", "first", "last", "bytes")
+    checkpoints = [dict(zip(names, c, strict=True)) for c in a.checkpoints]
+    return {"name": a.name, "start": a.start, "bytes": a.n_bytes, "checkpoints": checkpoints}
 
 
 def _memory(file: StateFile, index: int) -> dict:
@@ -100,8 +184,9 @@ def _memory(file: StateFile, index: int) -> dict:
     deferred = getattr(memory, "deferred", None)
     return {
         "name": file.memory_names[index],
-        "class": "kv" if isinstance(memory, KvMemory) else "recurrent",
+        "class": CLASSES[type(memory)],
         "deferred_state": None if deferred is None else DEFERRED_STATES[deferred],
+        "layers": len({t.layer for t in file.tensors.values() if t.memory == index}),
         "streams": [_stream(cells) for cells in file.cells(index)],
     }
 
@@ -119,7 +204,8 @@ def _stream(cells) -> dict:
 def _tensor(f: Findings) -> dict:
     t = f.tensor
     known = t.n_embd is not None
-    bpw = 8 * t.n_bytes / t.n_values if known and t.n_values else None
+    sized = known and t.n_values and not isinstance(t.format, Unknown)
+    bpw = 8 * t.n_bytes / t.n_values if sized else None
     return {
         "name": t.name,
         "kind": t.kind,

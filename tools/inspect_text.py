@@ -4,27 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tbq.registry import get_dialect
-
 from .console import say, shown
+from .inspect_summary import SIDES, answer, over_layers
 
 MIB = 1024 * 1024
 WIDTH = 100
 
 
-def print_report(report: dict) -> None:
-    """Print a report that `inspect_report.report` returned."""
+def print_report(report: dict, details: bool = False) -> None:
+    """Print a report that `inspect_report.report` returned; details even where candidates are."""
     _print_file(report)
-    _print_tensors(report["tensors"])
+    tried = any(t["candidates"] for t in report["tensors"])
+    if details or not tried:
+        _print_tensors(report["tensors"])
     _print_reference(report)
-    _print_candidates(report)
+    if details:
+        _print_candidates(report)
     if report["warnings"]:
         print("\nWarnings")
         for warning in report["warnings"]:
-            print(_wrapped("  ! ", warning))
+            print(wrapped("  ! ", warning))
+    if tried:
+        _print_summary(report)
+        if not details:
+            print()
+            say("--details shows every tensor and every candidate on it")
 
 
-def _wrapped(prefix: str, text: str) -> str:
+def wrapped(prefix: str, text: str) -> str:
+    """Return text in lines that are not too long, indented below a prefix."""
     import textwrap
 
     return textwrap.fill(
@@ -55,34 +63,85 @@ def _print_file(report: dict) -> None:
         gguf = report["gguf"]
         line = f"  GGUF v{gguf['version']}, architecture {gguf['architecture']}"
         say(f"{line}, {len(gguf['shards'])} file(s), {gguf['metadata_keys']} metadata keys")
-    print(_wrapped("  dialect   ", f"{report['dialect'] or 'none'}: {report['dialect_reason']}"))
+        if gguf["cache"]:
+            print(wrapped("  KV cache  ", _cache(gguf["cache"], report["path"])))
+    print(wrapped("  dialect   ", f"{report['dialect'] or 'none'}: {report['dialect_reason']}"))
     totals = report["totals"]
     size = f"{totals['tensors']} tensors, {totals['n_bytes'] / MIB:.2f} MiB"
-    size += f", {number(totals['bpw'], '.2f')} bits per value"
+    size += f", {number(totals['bpw'], '.2f')} bits per value{_of_known(report)}"
     print(f"  size      {size}, {number(totals['compression'], '.2f')} times smaller than f16")
+
+
+def _cache(cache: dict, path: str) -> str:
+    parts = [f"{c['name']} {c['cells']} cells in {c['layers']} layers" for c in cache["caches"]]
+    size = f"{cache['n_bytes'] / MIB:.2f} MiB at {cache['n_ctx']} tokens as {cache['type']}"
+    return f"{size} ({', '.join(parts) or 'none'}); other types: tbq-plan {path}"
+
+
+def _of_known(report: dict) -> str:
+    """Say that there are tensors of which nobody knows how many bits a value takes."""
+    return " where the type is known" if any(t["bpw"] is None for t in report["tensors"]) else ""
 
 
 def _print_state(state: dict) -> None:
     kind = {"session": "session file (GGSN)", "sequence": "sequence file (GGSQ)"}
     line = kind.get(state["container"], state["container"])
     line += f" v{state['version']}" if state["version"] is not None else ""
+    line += " (newer than what was checked)" if state["version_newer"] else ""
     line += f", architecture {state['architecture']}" if state["architecture"] else ""
     line += f", {state['tokens']} tokens" if state["tokens"] is not None else ""
-    line += " (llama-server's serialised list)" if state["server_tokens"] else ""
+    line += " (llama-server's packed list)" if state["server_tokens"] else ""
     say(f"  {line}")
-    print(_wrapped("  layout    ", f"{state['layout']}: {state['layout_reason']}"))
+    _print_surroundings(state)
+    origin = state["origin"]
+    print(wrapped("  written by ", f"{origin['program']}: {'; '.join(origin['reasons'])}"))
+    print(wrapped("  layout    ", f"{state['layout']}: {state['layout_reason']}"))
     for memory in state["memories"]:
+        if memory["class"] == "compressed":
+            text = f"{memory['layers']} layers, compressed: no cells of its own"
+            print(wrapped(f"  {memory['name']:<10}", text))
         for i, stream in enumerate(memory["streams"]):
-            text = f"stream {i}: {stream['cells']} cells"
-            if stream["positions"]:
-                text += f", positions {stream['positions'][0]} to {stream['positions'][1]}"
-            for sequence, count in stream["sequences"].items():
-                text += f", sequence {sequence} in {count}"
-            state_text = f", deferred state: {memory['deferred_state']}"
-            text += state_text if memory["deferred_state"] else ""
-            print(_wrapped(f"  {memory['name']:<10}", text))
-    print(_wrapped("  rotation  ", state["rotation"]["reason"]))
-    print(_wrapped("  heads     ", state["heads"]))
+            print(wrapped(f"  {memory['name']:<10}", _stream(memory, i, stream)))
+    print(wrapped("  rotation  ", state["rotation"]["reason"]))
+    print(wrapped("  heads     ", state["heads"]))
+    answers = {True: "yes", False: "no", None: "unknown"}
+    for loads in state["loads"]:
+        text = f"{loads['program']}: {answers[loads['loads']]}, {loads['reason']}"
+        print(wrapped("  loads in  ", text))
+
+
+def _print_surroundings(state: dict) -> None:
+    """Print what a packed list, an envelope and an appendix hold."""
+    if state["slot"]:
+        media = state["slot"]["media"]
+        text = f"packed list of version {state['slot']['version']}, {len(media)} media"
+        text += "".join(f"; at token {m['start']} one of {m['bytes']} bytes" for m in media)
+        print(wrapped("  tokens    ", text))
+    if state["envelope"]:
+        e = state["envelope"]
+        text = f"BUUNSLOT version {e['version']}, flags {e['flags']:#x}, {e['logits']} logits"
+        text += "".join(f"; SHA-256 of the {name} {check}" for name, check in e["checks"].items())
+        print(wrapped("  envelope  ", text))
+    if state["appendix"]:
+        a = state["appendix"]
+        text = f"{a['name']}, {a['bytes']} bytes from byte {a['start']}"
+        text += "".join(
+            f"; {c['tokens']} tokens at positions {c['first']} to {c['last']}, {c['bytes']} bytes"
+            for c in a["checkpoints"]
+        )
+        print(wrapped("  appendix  ", text))
+
+
+def _stream(memory: dict, i: int, stream: dict) -> str:
+    text = f"stream {i}: {stream['cells']} cells"
+    if stream["positions"]:
+        text += f", positions {stream['positions'][0]} to {stream['positions'][1]}"
+    for sequence, count in stream["sequences"].items():
+        text += f", sequence {sequence} in {count}"
+    if not memory["layers"] and stream["cells"]:
+        text += ", no layers"
+    state_text = f", deferred state: {memory['deferred_state']}"
+    return text + (state_text if memory["deferred_state"] else "")
 
 
 def _median(values: list[float | None]) -> float | None:
@@ -175,33 +234,46 @@ def _print_reference(report: dict) -> None:
     say(f"Against {report['reference']['path']}{over}")
     table(REFERENCE_HEADER, reference_rows(report))
     if any(t["reference"] and t["reference"]["attention"] for t in report["tensors"]):
-        print(_wrapped("  ", "The attention of a layer is that of its K and V together."))
+        print(wrapped("  ", "The attention of a layer is that of its K and V together."))
 
 
 def _print_candidates(report: dict) -> None:
+    """Print the candidates of each tensor."""
     rows = candidate_rows(report)
-    if not rows:
-        return
-    print("\nCandidates (K: what it does to attention weights; V: to attention output)")
-    table(CANDIDATE_HEADER, rows)
-    _print_choice(report["choice"])
-    if report["assumptions"]:
-        print(_wrapped("  ", report["assumptions"]))
+    if rows:
+        print("\nCandidates (K: what it does to attention weights; V: to attention output)")
+        table(CANDIDATE_HEADER, rows)
 
 
-def _print_choice(choice: dict | None) -> None:
-    if choice is None:
-        return
-    limits = f"KL up to {choice['max_kl']:g}, output error up to {choice['max_output_error']:g}"
-    print(f"\nCheapest types with {limits}")
-    for c in choice["combinations"]:
-        of = f" ({c['dialect']})" if c["dialect"] else ""
-        types = f"K {c['k']}" + (f", V {c['v']}" if c["v"] else "")
-        print(f"  all layers alike{of}: {types}: {c['bpw']:.2f} bits per value")
-        if c["layers_bpw"] < c["bpw"]:
-            mixed = c["dialect"] and get_dialect(c["dialect"]).state.mixed
-            can = "" if mixed else ", which it cannot load as one cache"
-            print(f"  layer by layer{of}: {c['layers_bpw']:.2f} bits per value{can}")
-            for layer in c["layers"]:
-                v = f", V {layer['v']}" if layer["v"] else ""
-                say(f"    {layer['layer']}: K {layer['k']}{v}")
+def _print_summary(report: dict) -> None:
+    """Print what the candidates come to over all layers, and which of them to choose."""
+    for side, (_, limit, words) in SIDES.items():
+        rows = over_layers(report, side)
+        if not rows:
+            continue
+        within = f"; limit {report['choice'][limit]:g}" if report["choice"] else ""
+        print(f"\nCandidates for {side}, over all layers ({words}{within})")
+        table(
+            ("type", "bits", "size", "mean", "worst", "in", ""),
+            [
+                (
+                    row["type"],
+                    f"{row['bpw']:.2f}",
+                    f"{row['n_bytes'] / MIB:.2f} MiB",
+                    number(row["mean"], ".1e"),
+                    number(row["worst"], ".1e"),
+                    row["where"],
+                    ("*" if row["best"] else " ") + (" ok" if row["good"] else "   "),
+                )
+                for row in rows
+            ],
+        )
+    if report["choice"]:
+        choice = report["choice"]
+        say("  * no type of fewer bits does less harm; ok: within the limit in every layer")
+        limits = f"KL up to {choice['max_kl']:g}, output error up to {choice['max_output_error']:g}"
+        print(f"\nCheapest types with {limits}")
+        for line in answer(choice):
+            say(f"  {line}")
+    if report["assumptions"] and any(t["candidates"] for t in report["tensors"]):
+        print(wrapped("  ", report["assumptions"]))

@@ -17,6 +17,7 @@ from . import console, state_options
 if TYPE_CHECKING:  # imported where they are used, --help needs none
     from gguf_io import GgufFile, StateFile
     from gguf_io.candidates import Combination
+    from gguf_io.queries import Queries
 
 DEFAULT_MAX_KL = 0.01
 DEFAULT_MAX_ROWS = 4096
@@ -59,6 +60,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="relative squared error of attention output that a V type may cause; "
         "default: the number of --max-kl",
     )
+    add(
+        "--queries",
+        metavar="NPZ",
+        help="the model's own queries, as tbq-eval --save-queries writes them; without them, and "
+        "better with --model, random ones stand in",
+    )
+    add("--details", action="store_true", help="every tensor and every candidate on it")
     add("--layers", metavar="LIST", help="only these layers, such as 0,5-8")
     add(
         "--max-rows",
@@ -89,13 +97,16 @@ def inspect_command(args: argparse.Namespace) -> int:
     from . import inspect_report
 
     _check(args)
+    if _is_resume_file(args.file):
+        return _list_objects(args)
     if args.html:
         from .inspect_html import require_matplotlib
 
         require_matplotlib()
     candidates = parse_candidates(args.candidates, args.dialect) if args.candidates else []
     layers = None if args.layers is None else Layers(args.layers)
-    settings = Settings(args.max_rows, candidates, layers, args.threads)
+    queries = _queries(args)
+    settings = Settings(args.max_rows, candidates, layers, args.threads, queries)
     with contextlib.ExitStack() as files:
         file = files.enter_context(_open(args, args.file))
         reference = None
@@ -113,7 +124,8 @@ def inspect_command(args: argparse.Namespace) -> int:
         total = sum(t.n_bytes for t in tensors) * (1 + len(candidates))
         with console.Progress(total, "inspecting") as progress:
             found = inspect_file(file, reference, settings, progress)
-        report = inspect_report.report(found, args.reference, _limits(args), _cheapest(args, found))
+        chosen = _cheapest(args, found)
+        report = inspect_report.report(found, args.reference, _limits(args), chosen, queries)
         if args.html:
             from .inspect_html import write_html
 
@@ -123,16 +135,57 @@ def inspect_command(args: argparse.Namespace) -> int:
         else:
             from .inspect_text import print_report
 
-            print_report(report)
+            print_report(report, args.details)
             if args.html:
                 print()
                 console.say(f"wrote {args.html}")
     return console.OK
 
 
+def _queries(args: argparse.Namespace) -> Queries:
+    """Return what is known of the model's queries."""
+    from gguf_io.queries import NONE, queries_of_model, read_queries
+
+    if args.queries:
+        return read_queries(args.queries)
+    return queries_of_model(args.model) if args.model else NONE
+
+
+def _is_resume_file(path: str) -> bool:
+    """Tell whether a file is one of buun's resume store."""
+    from gguf_io.mapped import map_file
+    from gguf_io.state_buun import is_resume_file
+
+    return is_resume_file(bytes(map_file(path)[:8]))
+
+
+def _list_objects(args: argparse.Namespace) -> int:
+    """List the objects of a file of buun's resume store; returns the exit code."""
+    from dataclasses import asdict
+
+    from gguf_io.state_buun import stored_objects
+
+    from .inspect_text import table
+
+    if args.html or args.reference or args.candidates:
+        need = "a state file or a GGUF file with --html, --reference or --candidates"
+        raise InputError("FILE", f"{args.file}, of buun's resume store", need)
+    found = [asdict(one) for one in stored_objects(args.file)]
+    if args.json:
+        console.print_json({"schema": "tbq-inspect-objects/1", "path": args.file, "objects": found})
+        return console.OK
+    console.say(args.file)
+    print("  a file of buun-llama-cpp's resume store; payloads are not looked into, and their XXH3")
+    print("  checksums not compared")
+    header = ("kind", "at byte", "payload", "first", "last", "generation", "complete")
+    rows = [tuple(map(str, one.values())) for one in found]
+    table(header, rows) if rows else print("  no object in it")
+    return console.OK
+
+
 def _inputs(args: argparse.Namespace, *files: GgufFile | StateFile | None) -> list[Path]:
     """Return every file that is read."""
-    found = [Path(args.model)] if args.model else []
+    found = [Path(path) for path in (args.model, args.queries) if path]
     for file in filter(None, files):
         found += getattr(file, "shard_paths", None) or [file.path]
     return found
