@@ -23,6 +23,8 @@ SAMPLES = HERE / "samples"
 VECTORS = HERE / "vectors"
 STATES = SAMPLES / "state"
 MODELS = SAMPLES / "models"
+# Dumps of session version 10 and sequence version 3, and of 9 and 2 with names that start with v9.
+STATES_V3 = SAMPLES / "state-v3"
 MANIFEST = json.loads((HERE / "manifest.json").read_text())
 
 # Kernels compile in their first call, and the machines are slow and shared.

@@ -30,8 +30,9 @@ def test_heads(shape):
     keys = {"attention.head_count_kv": 2, "attention.key_length": 192, "attention.value_length": 64}
     s = shape(**keys)
     assert (s.n_head_kv[0], s.head_dim("K", 0), s.head_dim("V", 0)) == (2, 192, 64)
-    s = shape("deepseek2", **{"attention.key_length_mla": 192, "attention.head_count_kv": 1})
-    assert s.mla
+    latent = {"attention.key_length_mla": 192, "attention.head_count_kv": 1}
+    assert not shape("deepseek2", **latent).mla  # llama.cpp wants both
+    assert shape("deepseek2", **latent, **{"attention.value_length_mla": 128}).mla
     assert shape("qwen2vl", **{"rope.dimension_sections": [16, 24, 24, 0]}).mrope
     assert shape(nextn_predict_layers=1).n_layer == 7
     assert shape(**{"attention.shared_kv_layers": 3}).attention_layers == list(range(5))

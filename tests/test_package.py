@@ -64,6 +64,8 @@ def test_runs_without_the_checkout(wheel, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "o.gguf").exists()
+    planned = run("-m", "tbq_tools.tbq_plan", SAMPLES / "planner" / "gemma3-270m.metadata.gguf")
+    assert "pr21089:tbq3_0" in planned.stdout, planned.stderr
     demo = run("-m", "tbq_tools.demo", "tbq3_0")
     assert "pr21089:tbq3_0" in demo.stdout, demo.stderr
 

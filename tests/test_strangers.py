@@ -44,7 +44,7 @@ def test_the_codec_passes_its_own_cases(fmt):
     found = list(cases([fmt]))
     assert {case.op for case in found} == set(OPERATIONS)
     for case in found:
-        if case.op != "rotation":
+        if case.format is not None:
             assert compare(case, run(case, fmt)).verdict == EXACT, case.id
 
 

@@ -326,8 +326,9 @@ def test_missing_and_misshapen_outputs_are_named(small_set, tmp_path, vectors):
     [
         (["generate"], 2, "required: --out"),
         (["generate", "--formats", "tbq5", "--out", "{0}/new"], 2, "did you mean .*tbq4"),
-        (["generate", "--formats", "ggml", "--out", "{0}/new"], 2, "--formats: got ggml"),
-        (["generate", "--formats", "tbq3_0,q8_0", "--out", "{0}/new"], 2, "--formats: got q8_0"),
+        (["generate", "--formats", "ggml:f16", "--out", "{0}/new"], 2, "--formats: got"),
+        (["generate", "--formats", "tbq3_0,f32", "--out", "{0}/new"], 2, "--formats: got f32"),
+        (["generate", "--formats", "tbq3_0,iq3_s", "--out", "{0}/new"], 2, "--formats: got iq3_s"),
         (["generate", "--ops", "matmul", "--out", "{0}/new"], 2, "--ops: got matmul"),
         (["generate", "--seed", "-1", "--out", "{0}/new"], 2, "--seed"),
         (["generate", "--out", "{0}"], 2, "a new or an empty folder"),

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from typing import Any, TextIO
 
+import tbq
 from tbq.errors import BackendError, FileFormatError, InputError, TbqError, ValueOverflowError
 
 from . import stops
@@ -42,6 +43,7 @@ def run(
     where other commands go on.
     """
     stops.forget_what_was_written()
+    parser.add_argument("--version", action="version", version=f"%(prog)s {tbq.__version__}")
     with patient_streams() as stdout:
         args = parser.parse_args(argv) if has_subcommands else parser.parse_intermixed_args(argv)
         stdout.gives_up = lists(args)

@@ -18,7 +18,10 @@ if TYPE_CHECKING:  # imported where they are used: gguf alone costs 0.2 s, --hel
     from gguf_io import GgufFile
     from gguf_io.type_policy import Options
 
-STATE_FLAGS = ("type_k", "type_v", "no_rotate", "allow_mixed", *state_options.NAMES)
+STATE_FLAGS = (
+    *("type_k", "type_v", "no_rotate", "allow_mixed", "state_version"),
+    *state_options.NAMES,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,9 +35,10 @@ def build_parser() -> argparse.ArgumentParser:
         "of K and V in a llama.cpp state file (prompt cache, slot save). "
         "Types f32, f16 and bf16 dequantise.",
         epilog=f"TYPE is a registered format,\n{keys}\n"
-        "or f32, f16, bf16, or a type that gguf-py quantises to "
-        "(q8_0, q4_0, q4_1, q5_0, q5_1, tq1_0, tq2_0, mxfp4); the number of a llama.cpp file type; "
-        "or COPY, which changes no tensor.\n\n" + console.EXIT_CODES,
+        "or f32, f16, bf16; a mixture "
+        f"({', '.join(quantize_arguments.MIXTURES).upper()}); "
+        "the number of a llama.cpp file type; or COPY, which changes no tensor.\n\n"
+        + console.EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -117,6 +121,14 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="let layers differ in type where the fork itself could not load that",
     )
+    group.add_argument(
+        "--state-version",
+        metavar="N",
+        type=int,
+        choices=(9, 10),
+        help="write session version 9 (sequence 2) or 10 (sequence 3) of llama.cpp; TYPE can be "
+        "COPY",
+    )
     return parser
 
 
@@ -152,7 +164,9 @@ def _convert_gguf(args: argparse.Namespace) -> int:
 
     console.refuse_flags(args, STATE_FLAGS, f"{args.input} is a GGUF file", "a state file")
     options = _options(args)
-    name = options.target.label if options.target else quantize_arguments.COPY
+    name = quantize_arguments.COPY
+    if options.target:
+        name = options.mixture.upper() or options.target.label
     with open_gguf(args.input, args.dialect) as file:
         outputs = _output_paths(args, options, file)
         job = Job(args, file, name, file.shard_paths, outputs)
@@ -191,6 +205,7 @@ def _options(args: argparse.Namespace) -> Options:
         exclude=[compiled("--exclude", text) for text in args.exclude],
         allow_requantize=args.allow_requantize,
         to=args.to_dialect,
+        mixture=quantize_arguments.mixture(args.type),
     )
 
 
@@ -198,8 +213,8 @@ def _output_paths(args: argparse.Namespace, options: Options, file: GgufFile) ->
     from gguf_io import split_path
     from gguf_io.atomic import refuse_inputs
 
-    kind = options.target.name.upper() if options.target else quantize_arguments.COPY
-    name = f"ggml-model-{kind}.gguf"
+    kind = options.mixture or options.target.name if options.target else quantize_arguments.COPY
+    name = f"ggml-model-{kind.upper()}.gguf"
     output = Path(args.output) if args.output else file.path.with_name(name)
     paths = [output]
     if args.keep_split:
@@ -225,6 +240,7 @@ def _write(job: Job, options: Options) -> None:
             job.results,
             job.outputs,
             options.target,
+            mixture=options.mixture,
             dialect=job.args.to_dialect,
             metadata=quantize_arguments.metadata_overrides(job.args),
             keep_split=job.args.keep_split,

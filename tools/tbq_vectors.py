@@ -64,7 +64,8 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ops",
         metavar="LIST",
-        help="of quantize, dequantize, scores, weighted_sum, rotation; default: all",
+        help="of quantize, dequantize, scores, weighted_sum, rotation, sigmoid_back, silu_back; "
+        "default: all",
     )
 
 
@@ -110,11 +111,11 @@ def _operations(args: argparse.Namespace) -> list[str] | None:
 
 
 def _cases(args: argparse.Namespace, seed: int, size: str):
-    from tbq.vectors import OPERATIONS, cases
+    from tbq.vectors import GRAPH_OPERATIONS, OPERATIONS, cases
 
     formats, operations = _formats(args), _operations(args)
     if formats is not None and operations is None:
-        operations = [op for op in OPERATIONS if op != "rotation"]  # those have no format
+        operations = [op for op in OPERATIONS if op not in GRAPH_OPERATIONS]  # of no format
     chosen = tbq.formats() if formats is None else formats
     return cases(chosen, operations or OPERATIONS, seed, size)
 

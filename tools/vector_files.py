@@ -22,6 +22,7 @@ from tbq import FileFormatError, Format, InputError, TbqError
 from tbq.format import EVIDENCE
 from tbq.registry import get_dialect
 from tbq.vectors import NOTES, Case
+from tbq.vectors.cases import GRAPH
 
 from .vector_manifest import DTYPES, check_case, check_manifest
 
@@ -110,7 +111,7 @@ def _entry(case: Case, roles: dict) -> dict:
 
 
 def _lines(case: Case, roles: dict) -> list[str]:
-    key = case.format.label if case.format else case.rotation
+    key = case.format.label if case.format else case.rotation or GRAPH
     limit = case.match.get("max", 0)
     lines = []
     for role, entry in roles.items():

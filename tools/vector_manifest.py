@@ -23,7 +23,11 @@ ROLES = {
     "scores": (("q", "packed"), "scores"),
     "weighted_sum": (("p", "packed"), "sum"),
     "rotation": (("x",), "y"),
+    "sigmoid_back": (("x", "dy"), "dx"),
+    "silu_back": (("x", "dy"), "dx"),
 }
+# What says of which thing a case is, by operation.
+SUBJECTS = {"rotation": "rotation", "sigmoid_back": None, "silu_back": None}
 
 
 def check_manifest(manifest: dict) -> None:
@@ -51,7 +55,7 @@ def _check_entry(entry: dict, files: dict) -> None:
     for flag in _typed(entry, "flags", list):
         _is(flag, str)
     _typed(entry, "comment", str)
-    subject = "rotation" if entry["op"] == "rotation" else "format"
+    subject = SUBJECTS.get(entry["op"], "format")
     for key in ("format", "rotation"):
         _typed(entry, key, str if key == subject else (str, type(None)))
     match = _typed(entry, "match", dict)
@@ -128,9 +132,10 @@ def check_case(case: Case) -> None:
     if (case.match["mode"] == "nmse") == (output == "packed"):
         raise ValueError(f"{case.match['mode']} is no match rule for {output}")
     if fmt is None:
-        if case.rotation not in KINDS:
+        if case.op == "rotation" and case.rotation not in KINDS:
             raise ValueError(f"rotation is {case.rotation!r}")
-        _same(arrays["x"].shape, case.expected.shape)
+        for role in roles:
+            _same(arrays[role].shape, case.expected.shape)
         return
     rows = arrays["packed"]
     values = fmt.row_values(rows.shape[-1])
