@@ -225,6 +225,8 @@ ENVIRONMENTS = {
 @pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_environments(tmp_path, expected, name):
     flags, environment = ENVIRONMENTS[name]
+    if name == "no compiler":  # nothing that was compiled before may help
+        environment = environment | {"cache": tmp_path / "cache"}
     assert python(BYTES, tmp_path, *flags, **environment) == (expected, "")
 
 
@@ -317,3 +319,34 @@ def test_disable_jit_is_as_before():
     before = config.DISABLE_JIT
     compiler.jit(lambda x: x)
     assert before == config.DISABLE_JIT
+
+
+def test_no_two_kernels_have_one_name():
+    """Processes number kernels of one name each in their own way, and share what they compile."""
+    import gc
+    import importlib
+    import pkgutil
+
+    from numba.core.dispatcher import Dispatcher
+
+    import tbq.kernels
+
+    for module in pkgutil.iter_modules(tbq.kernels.__path__):
+        importlib.import_module(f"tbq.kernels.{module.name}")
+    named = {}
+    for kernel in gc.get_objects():
+        if isinstance(kernel, Dispatcher) and kernel.py_func.__module__.startswith("tbq."):
+            function = kernel.py_func
+            cells = tuple(cell.cell_contents for cell in function.__closure__ or ())
+            named.setdefault((function.__module__, function.__qualname__), set()).add(cells)
+    assert len(named) > 200
+    assert {name: cells for name, cells in named.items() if len(cells) > 1} == {}
+
+
+def test_kernels_close_over_nothing_that_has_no_name():
+    table = {}
+    with pytest.raises(TypeError, match="close over numbers and kernels only"):
+
+        @compiler.jit
+        def kernel(x):
+            return x if table else -x

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import inspect
 import logging
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 
 import numba
+import numpy as np
 from numba.core import config
 
 _log = logging.getLogger("tbq")
@@ -38,21 +41,56 @@ def jit(function):
     words wrap around, and bytes would differ. What a kernel does in Python is in `tbq.families`.
     """
     options = {"nogil": True, "error_model": "numpy", "fastmath": False}
-    disabled, config.DISABLE_JIT = config.DISABLE_JIT, 0
-    try:
+    tag = _closure_tag(function)
+    with _compiler_enabled():
         kernel = numba.njit(**options)(function)
         try:
-            kernel.enable_caching()
+            kernel.enable_caching()  # its files have the name that the function has now
             file = kernel._cache._cache_file
             file._source_stamp = _sources_stamp()
             file.save = partial(_save, file)
             kernel._cache = _ForgivingCache(kernel._cache)
         except (RuntimeError, OSError, AttributeError) as error:  # or another Numba's internals
             _warn_once(error)
-            return numba.njit(**options)(function)
-        return kernel
+            kernel = numba.njit(**options)(function)
+    function.__name__ += tag
+    function.__qualname__ += tag
+    kernel.compile = _compiler_enabled()(kernel.compile)  # at the first call, long after
+    return kernel
+
+
+@contextmanager
+def _compiler_enabled():
+    """Compile whatever NUMBA_DISABLE_JIT says: Numba's own functions are compiled when needed."""
+    disabled, config.DISABLE_JIT = config.DISABLE_JIT, 0
+    try:
+        yield
     finally:
         config.DISABLE_JIT = disabled
+
+
+def _closure_tag(function) -> str:
+    """Return what tells a function that a factory made from the factory's others; "" for others.
+
+    Numba tells functions of one name apart by a number, which counts what a process has defined.
+    Cached machine code of two processes can have one number for two of a factory's functions, and
+    a process that loads both links one of them in place of the other. So each needs a name.
+    """
+    cells = inspect.getclosurevars(function).nonlocals
+    if not cells:
+        return ""
+    text = repr([(name, _stable(value)) for name, value in sorted(cells.items())])
+    return f"_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def _stable(value) -> str:
+    """Return what is the same in every process for the same value, and differs for others."""
+    function = getattr(value, "py_func", None) or getattr(value, "_defn", None)
+    if function is not None:  # another kernel, or an intrinsic
+        return f"{function.__module__}.{function.__qualname__}"
+    if isinstance(value, int | float | str | np.generic):
+        return f"{type(value).__name__} {value!r}"
+    raise TypeError(f"kernels close over numbers and kernels only, not over {type(value)}")
 
 
 def _save(file, key, data) -> None:

@@ -31,11 +31,14 @@ def _tile(n: int):
     """
 
     @intrinsic
-    def tile(context, matrix, x, y):
-        signature = types.void(types.intp, types.intp, types.intp)
+    def tile(context, matrix, x, y, number):
+        signature = types.void(matrix, x, y, types.intp)
 
         def generate(context, builder, signature, arguments):
-            _multiply_tile(builder, n, *arguments)
+            *arrays, number = arguments
+            found = zip(signature.args, arrays)  # noqa: B905 (the number has no array)
+            data = [context.make_array(kind)(context, builder, a).data for kind, a in found]
+            _multiply_tile(builder, n, number, *data)
             return context.get_dummy_value()
 
         return signature, generate
@@ -43,10 +46,14 @@ def _tile(n: int):
     return tile
 
 
-def _multiply_tile(b: ir.IRBuilder, n: int, *addresses: ir.Value) -> None:
+def _multiply_tile(
+    b: ir.IRBuilder, n: int, number: ir.Value, matrix: ir.Value, x: ir.Value, y: ir.Value
+) -> None:
+    """Write the instructions for a tile by its number; the arrays are float pointers."""
     value, i32, i64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
     vector = ir.VectorType(value, WIDTH)
-    matrix, x, y = (b.inttoptr(address, value.as_pointer()) for address in addresses)
+    matrix = b.gep(matrix, [b.mul(number, i64(n * OUTPUTS))])
+    y = b.gep(y, [b.mul(number, i64(OUTPUTS))])
     before, loop = b.block, b.append_basic_block("inputs")
     after = b.append_basic_block("done")
     b.branch(loop)
@@ -91,7 +98,6 @@ def _multiply_tile(b: ir.IRBuilder, n: int, *addresses: ir.Value) -> None:
 def multiplier(n: int):
     """Return a kernel that multiplies four vectors of n values; n is a multiple of sixteen."""
     tile = _tile(n)
-    step, part = 4 * n * OUTPUTS, 4 * OUTPUTS  # bytes of a tile, and of its outputs
 
     @jit
     def multiply(matrix, x, y):
@@ -99,9 +105,8 @@ def multiplier(n: int):
 
         matrix is what `tiles` returns; x (4 * n,) float32, both contiguous.
         """
-        m, a, b = matrix.ctypes.data, x.ctypes.data, y.ctypes.data
-        for t in range(n // OUTPUTS):
-            tile(m + t * step, a, b + t * part)
+        for number in range(n // OUTPUTS):
+            tile(matrix, x, y, number)
 
     return multiply
 
