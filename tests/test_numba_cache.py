@@ -335,8 +335,10 @@ def test_no_two_kernels_have_one_name():
         importlib.import_module(f"tbq.kernels.{module.name}")
     named = {}
     for kernel in gc.get_objects():
-        if isinstance(kernel, Dispatcher) and kernel.py_func.__module__.startswith("tbq."):
-            function = kernel.py_func
+        if not issubclass(type(kernel), Dispatcher):  # isinstance would look behind proxies
+            continue
+        function = kernel.py_func
+        if function.__module__.startswith("tbq."):
             cells = tuple(cell.cell_contents for cell in function.__closure__ or ())
             named.setdefault((function.__module__, function.__qualname__), set()).add(cells)
     assert len(named) > 200

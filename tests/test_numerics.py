@@ -108,13 +108,22 @@ def test_cached_kernels_notice_changes_in_other_files():
 
 
 def test_kernels_compile_where_nothing_can_be_cached(monkeypatch):
-    def njit(cache=False, **options):
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return lambda function: function
+    class Kernel:
+        def __init__(self, function):
+            self.function = function
 
-    monkeypatch.setattr(compile.numba, "njit", njit)
-    assert compile.jit(len) is len
+        def enable_caching(self):
+            raise RuntimeError("cannot cache function: no locator available")
+
+        def compile(self, signature):
+            return compile.config.DISABLE_JIT, signature
+
+    monkeypatch.setattr(compile.numba, "njit", lambda **options: Kernel)
+    monkeypatch.setattr(compile.config, "DISABLE_JIT", 1)
+    kernel = compile.jit(len)
+    assert kernel.function is len
+    assert kernel.compile("x") == (0, "x")
+    assert compile.config.DISABLE_JIT == 1
 
 
 def test_splitmix64_known_answer():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import inspect
 import logging
 from contextlib import contextmanager
 from functools import cache, partial
@@ -53,8 +52,9 @@ def jit(function):
         except (RuntimeError, OSError, AttributeError) as error:  # or another Numba's internals
             _warn_once(error)
             kernel = numba.njit(**options)(function)
-    function.__name__ += tag
-    function.__qualname__ += tag
+    if tag:
+        function.__name__ += tag
+        function.__qualname__ += tag
     kernel.compile = _compiler_enabled()(kernel.compile)  # at the first call, long after
     return kernel
 
@@ -76,10 +76,11 @@ def _closure_tag(function) -> str:
     Cached machine code of two processes can have one number for two of a factory's functions, and
     a process that loads both links one of them in place of the other. So each needs a name.
     """
-    cells = inspect.getclosurevars(function).nonlocals
+    cells = getattr(function, "__closure__", None)
     if not cells:
         return ""
-    text = repr([(name, _stable(value)) for name, value in sorted(cells.items())])
+    names = function.__code__.co_freevars
+    text = repr([(n, _stable(c.cell_contents)) for n, c in zip(names, cells, strict=True)])
     return f"_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
