@@ -1,8 +1,9 @@
 """Time two checkouts of this project against each other, in one process.
 
-`python benchmarks/compare_checkouts.py OLD NEW OUT.jsonl`. Every format of OLD is quantised and
-dequantised by both, in turns, in large and in single rows, after both gave the same bytes; a line
-of OUT has the median of the ratios new / old.
+`python benchmarks/compare_checkouts.py OLD NEW OUT.jsonl [FORMAT ...]`. Every format of OLD, or
+those named, is quantised and dequantised by both and a copy is made, in turns, in large and in
+single rows, after both gave the same bytes; a line of OUT has the median of the ratios new / old,
+and of those of a copy of the floats to both. What is measured is the processor's time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from types import ModuleType
 import numpy as np
 
 ROUNDS = 11
-ROWS, VALUES = 1024, 1024
+ROWS, VALUES = 4096, 1024
 SEARCHED_ROWS = 16  # of trellis formats, which take milliseconds a block
 SINGLE_CALLS = 200
 
@@ -35,6 +36,8 @@ class Checkout:
             raise SystemExit(f"{tbq.__file__} was imported, not that of {path}")
         self.tbq = tbq
         self._leave()
+        self.found = self.formats()
+        self._leave()
 
     def _enter(self) -> None:
         for name in [name for name in sys.modules if name.partition(".")[0] == "tbq"]:
@@ -44,19 +47,20 @@ class Checkout:
     def _leave(self) -> None:
         self.modules = {n: m for n, m in sys.modules.items() if n.partition(".")[0] == "tbq"}
 
-    def names(self) -> list[str]:
-        """Return the keys of the formats that stand alone."""
+    def formats(self) -> dict:
+        """Return the formats that stand alone, by label, with every choice that they offer."""
         self._enter()
-        return [fmt.key for fmt in self.tbq.formats() if not fmt.sibling]
+        alone = [fmt for fmt in self.tbq.formats() if not fmt.sibling]
+        return {own.label: own for fmt in alone for own in fmt.variants()}
 
     def run(self, operation: str, x: np.ndarray, name: str, calls: int) -> tuple[float, np.ndarray]:
         """Return the seconds of a call, and its result."""
         self._enter()
-        function = getattr(self.tbq, operation)
-        start = time.perf_counter()
+        function, fmt = getattr(self.tbq, operation), self.found[name]
+        start = time.thread_time()
         for _ in range(calls):
-            result = function(x, name, threads=1)
-        seconds = (time.perf_counter() - start) / calls
+            result = function(x, fmt, threads=1)
+        seconds = (time.thread_time() - start) / calls
         self._leave()
         return seconds, result
 
@@ -66,12 +70,23 @@ def compare(old: Checkout, new: Checkout, operation: str, x, name: str, calls: i
     results = [side.run(operation, x, name, 1)[1] for side in (old, new)]
     if results[0].tobytes() != results[1].tobytes():
         raise SystemExit(f"{operation} of {name} differs")
+    floats = np.ones_like(results[0] if operation == "dequantize" else x)
+    copy = np.ones_like(floats)
     times: dict[Checkout, list[float]] = {old: [], new: []}
+    copies = []
     for i in range(ROUNDS):
         for side in (old, new) if i % 2 else (new, old):
             times[side].append(side.run(operation, x, name, calls)[0])
+        start = time.thread_time()
+        for _ in range(calls):
+            np.copyto(copy, floats)
+        copies.append((time.thread_time() - start) / calls)
     ratio = statistics.median(b / a for a, b in zip(*times.values(), strict=True))
     micro = [round(1e6 * statistics.median(seconds), 1) for seconds in times.values()]
+    to_copy = [
+        round(statistics.median(c / t for c, t in zip(copies, seconds, strict=True)), 4)
+        for seconds in times.values()
+    ]
     return {
         "format": name,
         "operation": operation,
@@ -80,19 +95,25 @@ def compare(old: Checkout, new: Checkout, operation: str, x, name: str, calls: i
         "ratio": round(ratio, 3),
         "old_us": micro[0],
         "new_us": micro[1],
+        "old_to_copy": to_copy[0],
+        "new_to_copy": to_copy[1],
+        "old_mvalues_per_s": round(floats.size / micro[0], 1),
+        "new_mvalues_per_s": round(floats.size / micro[1], 1),
         "rounds": ROUNDS,
     }
 
 
-def main(old_path: str, new_path: str, out: str) -> None:
-    """Compare all formats."""
+def main(old_path: str, new_path: str, out: str, *chosen: str) -> None:
+    """Compare all formats, or those chosen."""
     sys.path[:] = [path for path in sys.path if path]
     sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
     old, new = Checkout(old_path), Checkout(new_path)
     rng = np.random.default_rng(0)
     with open(out, "w", encoding="utf-8") as file:
-        for name in old.names():
-            searched = old.tbq.get_format(name).kernels().quantize.__module__.endswith("trellis")
+        for name, fmt in old.found.items():
+            if (chosen and name not in chosen) or VALUES % fmt.group_values:
+                continue
+            searched = fmt.codec.searches
             for rows, calls in ((SEARCHED_ROWS if searched else ROWS, 1), (1, SINGLE_CALLS)):
                 x = rng.standard_normal((rows, VALUES)).astype(np.float32)
                 packed = old.run("quantize", x, name, 1)[1]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +18,9 @@ from tbq.registry import get_format
 # Values per unit of work: large enough to hide the call, small enough to stay in cache, and a
 # few units per thread, for formats that take a millisecond per block.
 MIN_CHUNK_VALUES, CHUNK_VALUES = 1 << 13, 1 << 17
-SEARCH_VALUES = 1 << 12  # a search takes microseconds for each; a signal is answered between calls
+SEARCH_VALUES = SMALL_VALUES = (
+    1 << 12
+)  # a search takes microseconds for each; a signal is answered between calls
 CHUNKS_PER_THREAD = 8
 # What arrays hold; made once, as a call for one row is short.
 UINT8, FLOAT32 = np.dtype(np.uint8), np.dtype(np.float32)
@@ -59,30 +64,48 @@ def quantize(
     >>> quantize(np.zeros((2, 256), np.float32), "tbq3_0").shape
     (2, 98)
     """
-    fmt = get_format(fmt).at(head_dim=head_dim, side=side)
+    fmt = get_format(fmt).at(head_dim, side)
     x = checked_floating(x)
-    mean = _checked_mean(mean, fmt, x.shape[-1])
-    packed_shape = (*x.shape[:-1], fmt.row_bytes(x.shape[-1]))
-    step = index_step(fmt, x.shape[-1])
-    if first_block and not step:
-        need = f"0: blocks of {fmt.label} do not depend on their position in the tensor"
-        raise InputError("first_block", str(first_block), need)
-    if first_block < 0:
-        raise InputError("first_block", str(first_block), "a non-negative block index")
-    out = _output(out, packed_shape, UINT8)
-    rows, packed = x.reshape(-1, x.shape[-1]), out.reshape(-1, packed_shape[-1])
+    n = x.shape[-1]
+    if mean is not None:
+        mean = _checked_mean(mean, fmt, n)
+    if first_block:
+        _check_first_block(first_block, fmt, n)
+    out = _output(out, (*x.shape[:-1], fmt.row_bytes(n)), UINT8)
+    rows, packed = _as_rows(x), _as_rows(out)
     kernel = fmt.kernels().quantize
+    if mean is None and _is_small(x.size, threads):
+        kernel(kernel_input(as_float32(rows)), packed, first_block)
+        return out
+    step = index_step(fmt, n)
 
     def work(start: int, stop: int) -> None:
         values = as_float32(rows[start:stop])
         if mean is not None:
             with np.errstate(all="ignore"):  # each thread has its own
                 values = values - mean
-        kernel(values, packed[start:stop], first_block + start * step)
+        kernel(kernel_input(values), packed[start:stop], first_block + start * step)
 
     most = SEARCH_VALUES if fmt.codec.searches else CHUNK_VALUES
-    _for_row_chunks(work, *rows.shape, threads, most)
+    _for_row_chunks(work, len(rows), n, threads, most)
     return out
+
+
+def _check_first_block(first_block: int, fmt: Format, n: int) -> None:
+    if not index_step(fmt, n):
+        need = f"0: blocks of {fmt.label} do not depend on their position in the tensor"
+        raise InputError("first_block", str(first_block), need)
+    if first_block < 0:
+        raise InputError("first_block", str(first_block), "a non-negative block index")
+
+
+def _is_small(size: int, threads: int | None) -> bool:
+    """Return whether values are few, as a token's are: looking for cores would take longer."""
+    return 0 < size <= SMALL_VALUES and (threads is None or threads > 0)
+
+
+def _as_rows(array: np.ndarray) -> np.ndarray:
+    return array if array.ndim == 2 else array.reshape(-1, array.shape[-1])
 
 
 def dequantize(
@@ -118,32 +141,34 @@ def dequantize(
         InputError: wrong dtype, row length or `out`; a choice that is missing or means nothing.
         CorruptBlockError: an outlier's position is beyond its block, where C writes out of bounds.
     """
-    fmt = get_format(fmt).at(head_dim=head_dim, side=side)
+    fmt = get_format(fmt).at(head_dim, side)
     packed = checked_packed(packed)
-    shape = (*packed.shape[:-1], fmt.row_values(packed.shape[-1]))
-    out = _output(out, shape, FLOAT32)
-    rows, y = packed.reshape(-1, packed.shape[-1]), out.reshape(-1, shape[-1])
-    mean = _checked_mean(mean, fmt, shape[-1])
-    if mean is not None and not original and fmt.codec.gives != fmt.codec.takes:
-        raise InputError("mean", "an array", "original=True too: the values would be rotated")
+    n = fmt.row_values(packed.shape[-1])
+    out = _output(out, (*packed.shape[:-1], n), FLOAT32)
+    rows, y = _as_rows(packed), _as_rows(out)
+    if mean is not None:
+        mean = _checked_mean(mean, fmt, n)
+        if not original and fmt.codec.gives != fmt.codec.takes:
+            raise InputError("mean", "an array", "original=True too: the values would be rotated")
     kernel = _restorer(fmt) if original else fmt.kernels().dequantize
 
-    def work(start: int, stop: int) -> None:
-        corrupt = kernel(np.ascontiguousarray(rows[start:stop]), y[start:stop])
+    def decode(rows: np.ndarray, y: np.ndarray, start: int) -> None:
+        corrupt = kernel(kernel_input(rows), y)
         if mean is not None:
             with np.errstate(all="ignore"):
-                y[start:stop] += mean
+                y += mean
         if corrupt is not None and corrupt >= 0:
-            block = start * (shape[-1] // fmt.block_values) + corrupt
+            block = start * (n // fmt.block_values) + corrupt
             raise CorruptBlockError(fmt.label, block, fmt.codec.corruption)
 
-    _for_row_chunks(work, *y.shape, threads)
+    if _is_small(y.size, threads):
+        decode(rows, y, 0)
+    else:
+        _for_row_chunks(lambda i, j: decode(rows[i:j], y[i:j], i), len(rows), n, threads)
     return out
 
 
-def _checked_mean(mean, fmt: Format, n: int) -> np.ndarray | None:
-    if mean is None:
-        return None
+def _checked_mean(mean: Any, fmt: Format, n: int) -> np.ndarray:
     if not fmt.takes_mean:
         raise InputError("mean", "an array", f"none: no mean is subtracted for {fmt.label}")
     mean = as_float32(checked_floating(mean, "mean"))
@@ -152,18 +177,19 @@ def _checked_mean(mean, fmt: Format, n: int) -> np.ndarray | None:
     return mean
 
 
-def _restorer(fmt: Format):
+def _restorer(fmt: Format) -> Callable[[np.ndarray, np.ndarray], Any]:
     """Return the kernel that decodes to the domain that the encoder takes."""
     kernels = fmt.kernels()
     if fmt.codec.gives == fmt.codec.takes:
         return kernels.dequantize
     if kernels.restore is not None:
         return kernels.restore
-    size = fmt.block_bytes * fmt.codec.group_blocks
+    size, unrotate = fmt.block_bytes * fmt.codec.group_blocks, kernels.unrotate
+    assert unrotate is not None, "the codec rotates"
 
-    def restore(packed, y):
+    def restore(packed: np.ndarray, y: np.ndarray) -> int | None:
         corrupt = kernels.dequantize(packed, y)
-        kernels.unrotate(y.reshape(-1, fmt.group_values), packed.reshape(-1, size))
+        unrotate(y.reshape(-1, fmt.group_values), packed.reshape(-1, size))
         return corrupt
 
     return restore
@@ -213,7 +239,8 @@ def quantize_paired(
     def work(start: int, stop: int) -> None:
         values = as_float32(rows[start:stop]).reshape(-1, fmt.block_values)
         lent = siblings[start * row_blocks : stop * row_blocks]
-        kernel(values, lent, packed[start:stop].reshape(-1, fmt.block_bytes))
+        target = packed[start:stop].reshape(-1, fmt.block_bytes)
+        kernel(kernel_input(values), kernel_input(lent), target)
 
     _for_row_chunks(work, *rows.shape, threads)
     return out
@@ -247,7 +274,8 @@ def dequantize_paired(
     def work(start: int, stop: int) -> None:
         blocks = np.ascontiguousarray(rows[start:stop]).reshape(-1, fmt.block_bytes)
         lent = siblings[start * row_blocks : stop * row_blocks]
-        kernel(blocks, lent, y[start:stop].reshape(-1, fmt.block_values))
+        target = y[start:stop].reshape(-1, fmt.block_values)
+        kernel(kernel_input(blocks), kernel_input(lent), target)
 
     _for_row_chunks(work, *y.shape, threads)
     return out
@@ -260,7 +288,7 @@ def _pair(name: str | Format) -> tuple[Format, Format]:
     return fmt, get_format(fmt.sibling)
 
 
-def _paired_kernels(fmt: Format):
+def _paired_kernels(fmt: Format) -> Any:
     return sys.modules[fmt.kernels().quantize.__module__].paired_kernels(fmt.codec)
 
 
@@ -296,8 +324,8 @@ def checked_floating(x: np.ndarray, argument: str = "x") -> np.ndarray:
 
 def as_float32(rows: np.ndarray) -> np.ndarray:
     """Return rows as native, contiguous float32; refuse finite values that would overflow."""
-    if rows.dtype == np.float32:
-        return np.ascontiguousarray(rows, np.float32)
+    if rows.dtype == FLOAT32:
+        return rows if rows.flags.c_contiguous else rows.copy()
     with np.errstate(all="ignore"):  # of this thread; the caller's would raise or warn
         narrow = np.ascontiguousarray(rows, np.float32)
     if rows.dtype.itemsize <= 4:
@@ -307,6 +335,22 @@ def as_float32(rows: np.ndarray) -> np.ndarray:
         value = rows[overflow][0]
         raise InputError("x", f"{rows.dtype} value {value}", "values within float32's range")
     return narrow
+
+
+def kernel_input(rows: np.ndarray) -> np.ndarray:
+    """Return what a kernel is to read: contiguous, aligned and a view that cannot be written.
+
+    Kernels are compiled for such arrays alone. Those of a file that is mapped, or written to, or at
+    an odd place in it, would each be another type, for which all is compiled again.
+    """
+    flags = rows.flags
+    if not (flags.c_contiguous and flags.aligned):
+        rows = rows.copy()
+    elif not flags.writeable:
+        return rows
+    rows = rows.view()
+    rows.setflags(write=False)
+    return rows
 
 
 def _output(out: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -337,28 +381,54 @@ def available_cores() -> int:
 
 
 def _for_row_chunks(
-    work, n_rows: int, row_values: int, threads: int | None, most: int = CHUNK_VALUES
+    work: Callable[[int, int], Any],
+    n_rows: int,
+    row_values: int,
+    threads: int | None,
+    most: int = CHUNK_VALUES,
 ) -> None:
     """Call work(start, stop) over chunks of rows that cover range(n_rows), on a thread pool."""
     if threads is not None and threads < 1:
         raise InputError("threads", str(threads), "at least 1")
-    if n_rows and n_rows * row_values <= min(MIN_CHUNK_VALUES, most):
-        work(0, n_rows)  # a token's rows: looking for cores would take longer
-        return
     if threads is None:
         threads = available_cores()
     share = n_rows * row_values // (threads * CHUNKS_PER_THREAD)
     step = max(1, min(max(share, MIN_CHUNK_VALUES), most) // row_values)
     starts = range(0, n_rows, step)
-    threads = min(threads, len(starts))
-    if threads <= 1:
+    if min(threads, len(starts)) <= 1:
         for start in starts:
             work(start, min(start + step, n_rows))
         return
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for done in [pool.submit(work, start, min(start + step, n_rows)) for start in starts]:
-                done.result()
-        except BaseException:  # Ctrl-C too: what has not begun is not worth waiting for
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    failed: list[tuple[int, Exception]] = []
+    remaining = iter(starts)
+
+    def run() -> None:
+        for start in remaining:  # of all threads: each takes what is next
+            if failed:
+                return
+            try:
+                work(start, min(start + step, n_rows))
+            except Exception as error:
+                failed.append((start, error))
+
+    others = [_pool(threads - 1).submit(run) for _ in range(min(threads, len(starts)) - 1)]
+    try:
+        run()
+    except BaseException:  # Ctrl-C
+        for _ in remaining:  # nothing else begins
+            pass
+        raise
+    finally:
+        wait([other for other in others if not other.cancel()])
+    if failed:
+        raise min(failed, key=lambda found: found[0])[1]  # whichever thread was first
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Return threads that wait for work: starting some takes as long as a thousand rows."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="tbq")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork

@@ -23,9 +23,11 @@ CPU code, so there is one rotated query per column; where they differ, one per s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
-from tbq.api import as_float32, checked_floating, checked_packed, sibling_blocks
+from tbq.api import as_float32, checked_floating, checked_packed, kernel_input, sibling_blocks
 from tbq.errors import CorruptBlockError, InputError
 from tbq.format import Format
 from tbq.registry import get_format
@@ -166,7 +168,7 @@ def side_format(fmt: str | Format, side: str) -> Format:
     return found.at(side=side if found.by_side else None)
 
 
-def _checked(x, name: str, packed: np.ndarray):
+def _checked(x: np.ndarray, name: str, packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     packed = checked_packed(packed)
     if packed.ndim != 2:
         raise InputError("packed rows", f"shape {packed.shape}", "two axes, (keys, row_bytes)")
@@ -192,7 +194,9 @@ def _with_codes(
     return whole, lender
 
 
-def _levels(packed: np.ndarray, fmt: Format, values_per_row: int, first_row: int = 0):
+def _levels(
+    packed: np.ndarray, fmt: Format, values_per_row: int, first_row: int = 0
+) -> Iterator[tuple[int, int, np.ndarray]]:
     """Yield (start, stop, scaled levels float32 (rows, n)) for a few rows at a time.
 
     `first_row` is where `packed` stands among the caller's rows, for errors.
@@ -203,7 +207,7 @@ def _levels(packed: np.ndarray, fmt: Format, values_per_row: int, first_row: int
     for start in range(0, len(packed), step):
         stop = min(start + step, len(packed))
         levels = np.empty((stop - start, n), np.float32)
-        corrupt = kernel(packed[start:stop], levels)
+        corrupt = kernel(kernel_input(packed[start:stop]), levels)
         if corrupt is not None and corrupt >= 0:
             block = (first_row + start) * (n // fmt.block_values) + corrupt
             raise CorruptBlockError(fmt.label, block, fmt.codec.corruption)

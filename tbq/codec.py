@@ -12,7 +12,7 @@ import importlib
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -80,7 +80,7 @@ class Layout:
     @cached_property
     def stored(self) -> np.dtype:
         """The block as files have it, without what a row holds once."""
-        own = [name for name in self.dtype.names if name not in self.per_row]
+        own = [name for name in self.dtype.names or () if name not in self.per_row]
         return np.dtype([(name, self.dtype[name]) for name in own])
 
     @property
@@ -90,11 +90,13 @@ class Layout:
 
     def offset(self, name: str) -> int:
         """Return where a field starts in the block, in bytes."""
-        return int(self.dtype.fields[name][1])
+        return self.span(name).start
 
     def span(self, name: str) -> slice:
         """Return the bytes of a field in the block."""
-        kind, at, *_ = self.dtype.fields[name]
+        fields = self.dtype.fields
+        assert fields is not None, "blocks are structured"
+        kind, at, *_ = fields[name]
         return slice(at, at + kind.itemsize)
 
 
@@ -158,17 +160,36 @@ class Codec:
         spare_codes: codes that decoders know and the encoder never writes.
         sub_scales: kinds of codes that are scales of parts of a block, of which few may occur.
         corruption: what is wrong with a block that `dequantize` of the kernels reports.
+        asked: the format whose kernels were asked for last: what is compiled is for it.
     """
 
-    layout: ClassVar[Layout]
-    block_values: ClassVar[int]
-    group_values: ClassVar[int]
-    rotation_values: ClassVar[int] = 1
-    takes: ClassVar[Domain] = "original"
-    gives: ClassVar[Domain] = "original"
-    position: ClassVar[Position] = "none"
+    asked: ClassVar[str | None] = None
+
+    if TYPE_CHECKING:  # subclasses have each as a class variable, a field or a property
+
+        @property
+        def layout(self) -> Layout: ...  # noqa: D102
+        @property
+        def block_values(self) -> int: ...  # noqa: D102
+        @property
+        def group_values(self) -> int: ...  # noqa: D102
+        @property
+        def rotation_values(self) -> int: ...  # noqa: D102
+        @property
+        def takes(self) -> Domain: ...  # noqa: D102
+        @property
+        def gives(self) -> Domain: ...  # noqa: D102
+        @property
+        def position(self) -> Position: ...  # noqa: D102
+        @property
+        def slow(self) -> bool: ...  # noqa: D102
+
+    else:
+        rotation_values = 1
+        takes = gives = "original"
+        position = "none"
+        slow = False
     searches: ClassVar[bool] = False
-    slow: ClassVar[bool] = False
     signed_scales: ClassVar[bool] = False
     borrows: ClassVar[bool] = False
     spare_codes: ClassVar[frozenset[int]] = frozenset()
@@ -248,7 +269,7 @@ class Codec:
 
     @staticmethod
     def _nonzero(name: str, blocks: np.ndarray) -> np.ndarray:
-        return blocks[name].reshape(len(blocks), -1).any(axis=-1)
+        return np.asarray(blocks[name].reshape(len(blocks), -1).any(axis=-1))
 
     # --- sizes -----------------------------------------------------------------------------------
 
@@ -269,20 +290,26 @@ class Codec:
 
     def row_bytes(self, n: int, name: str) -> int:
         """Return the packed size of a row of n values; InputError if groups do not divide it."""
-        if n <= 0 or n % self.group_values:
-            need = f"a positive multiple of {self.group_values} values for {name}"
+        head, size, values = self._sizes
+        if n <= 0 or n % values:
+            need = f"a positive multiple of {values} values for {name}"
             raise InputError("row length", f"{n} values", need)
-        return self.layout.header_bytes + n // self.block_values * self.block_bytes
+        return head + n // values * size
 
     def row_values(self, n_bytes: int, name: str) -> int:
         """Return the values in a packed row; InputError if groups do not divide it."""
-        size = self.block_bytes * self.group_blocks
-        body = n_bytes - self.layout.header_bytes
+        head, size, n = self._sizes
+        body = n_bytes - head
         if body <= 0 or body % size:
-            head = f"{self.layout.header_bytes} and " if self.layout.header_bytes else ""
-            need = f"{head}a positive multiple of {size} bytes for {name}"
+            first = f"{head} and " if head else ""
+            need = f"{first}a positive multiple of {size} bytes for {name}"
             raise InputError("packed row length", f"{n_bytes} bytes", need)
-        return body // self.block_bytes * self.block_values
+        return body // size * n
+
+    @cached_property
+    def _sizes(self) -> tuple[int, int, int]:
+        """Bytes in front of a row, bytes of a group, and its values."""
+        return self.layout.header_bytes, self.block_bytes * self.group_blocks, self.group_values
 
     def indices(self, rows: int, row_groups: int, first: int = 0) -> np.ndarray:
         """Return the index of each group of an array of rows."""

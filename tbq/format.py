@@ -12,6 +12,7 @@ import numpy as np
 from tbq.codec import Codec, Layout, RowKernels
 from tbq.errors import InputError
 
+Side = Literal["K", "V", "KV"]
 Evidence = Literal["vectors", "read", "gguf-py"]
 EVIDENCE = {
     "vectors": "equals what the fork's own code wrote, for every vector",
@@ -45,11 +46,11 @@ class Format:
     dialect: str
     name: str
     codec: Codec
-    side: Literal["K", "V", "KV"]
+    side: Side
     source: str
     release: str = ""
     by_head_dim: Mapping[int, Codec] = field(default_factory=dict)
-    by_side: Mapping[str, Codec] = field(default_factory=dict)
+    by_side: Mapping[Side, Codec] = field(default_factory=dict)
     takes_mean: bool = False
     sibling: str | None = None
     evidence: Evidence = "vectors"
@@ -77,7 +78,7 @@ class Format:
 
     # --- choices ---------------------------------------------------------------------------------
 
-    def at(self, *, head_dim: int | None = None, side: str | None = None) -> Format:
+    def at(self, head_dim: int | None = None, side: str | None = None) -> Format:
         """Return the format with its codec for these heads and this side.
 
         Raises:
@@ -175,6 +176,7 @@ class Format:
 
     def kernels(self) -> RowKernels:
         """Return the kernels; the first call imports Numba."""
+        Codec.asked = self.label
         return self.codec.kernels
 
     def __repr__(self) -> str:

@@ -6,8 +6,9 @@ import pytest
 import tbq
 from tbq import nearest
 from tbq.families import ktq, vtq
+from tbq.kernels import lanes
 from tbq.kernels.compile import jit
-from tbq.kernels.nearest import count_thresholds
+from tbq.kernels.simd import Lanes, Tables, on_lanes, search_table
 from tbq.numerics import fnv1a, philox6
 
 CPU_KEYS = [
@@ -80,7 +81,7 @@ def test_thresholds_equal_the_search(bits, tables):
     fine = np.linspace(-0.6, 0.6, 1_000_001, dtype=np.float32)
     tiny = np.float32([0, -0.0, 1e-45, -1e-45, 1e-30, np.nan])
     r = np.concatenate([*near, grid, fine, tiny])
-    assert np.array_equal(count(r, tuple(limits)), ktq.nearest(r, centroids))
+    assert np.array_equal(count(r, limits), ktq.nearest(r, centroids))
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
@@ -90,19 +91,43 @@ def test_absolute_thresholds_equal_the_search(bits):
     r = np.linspace(-8, 8, 1_000_001, dtype=np.float32)
     r = np.concatenate([r, limits, np.nextafter(limits, np.float32(-9)), np.float32([0.0, -0.0])])
     expected = np.abs(r[:, None] - centroids).argmin(axis=1)
-    assert np.array_equal(count(r, tuple(limits)), expected)
+    assert np.array_equal(count(r, limits), expected)
+
+
+def count(r, limits):
+    """Return how many limits are not above r, as the kernels count."""
+    size = lanes.SIZE
+    padded = np.zeros(-(-r.size // size) * size, np.float32)
+    padded[: r.size] = r
+    codes = np.empty(padded.size, np.int32)
+    _count(padded, search_table(limits), codes)
+    return codes[: r.size]
 
 
 @jit
 def _count(r, limits, codes):
-    for i in range(r.size):
-        codes[i] = count_thresholds(r[i], limits)
+    for start in range(0, r.size, lanes.SIZE):
+        own = codes[start : start + lanes.SIZE]
+        if limits.shape[0] == 1:
+            count1(r[start : start + lanes.SIZE], limits, own)
+        elif limits.shape[0] == 2:
+            count2(r[start : start + lanes.SIZE], limits, own)
+        elif limits.shape[0] == 3:
+            count3(r[start : start + lanes.SIZE], limits, own)
+        else:
+            count4(r[start : start + lanes.SIZE], limits, own)
 
 
-def count(r, limits):
-    codes = np.empty(r.size, np.uint8)
-    _count(r, limits, codes)
-    return codes
+def counter(bits):
+    @on_lanes(lanes.LANES, "limits", times=4, r=8, codes=8)
+    def find(r: Lanes, limits: Tables, codes: Lanes) -> None:
+        for i in range(8):
+            codes[i] = -limits.search(bits, r[i], ">=")
+
+    return find
+
+
+count1, count2, count3, count4 = (counter(bits) for bits in (1, 2, 3, 4))
 
 
 def test_normalised_values_stay_below_eight():

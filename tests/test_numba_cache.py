@@ -352,3 +352,42 @@ def test_kernels_close_over_nothing_that_has_no_name():
         @compiler.jit
         def kernel(x):
             return x if table else -x
+
+
+# --- kernels that kernels call -------------------------------------------------------------------
+
+NESTED = """
+from tbq.kernels.compile import jit
+
+def make(inner):
+    @jit
+    def kernel(x):
+        return inner(x) * 2
+    return kernel
+
+@jit
+def plus_one(x):
+    return x[0] + 1
+
+twice = make(plus_one)
+
+@jit
+def outer(x):
+    return twice(x) + 10
+"""
+CALLED = """
+import numpy as np, nested
+x = np.arange(5)
+print(nested.outer(x), *(len(k.overloads) for k in (nested.twice, nested.plus_one)))
+print(sum(nested.twice.callee.stats.cache_hits.values()), nested.twice(x), nested.plus_one(x))
+"""
+
+
+def test_what_kernels_call_is_not_what_python_calls(tmp_path):
+    """And what closes over a kernel is found by the next process, though it was not its caller."""
+    (tmp_path / "nested.py").write_text(NESTED)
+    cache = tmp_path / "cache"
+    assert python(CALLED, tmp_path, cache=cache) == ("12 0 0\n0 2 1", "")
+    for path in cache.rglob("nested.outer*"):
+        path.unlink()
+    assert python(CALLED, tmp_path, cache=cache) == ("12 0 0\n1 2 1", "")

@@ -153,7 +153,7 @@ class TrellisCoded(Codec):
     def layout(self) -> Layout:
         """Scale, bit string, one byte that the fork does not write."""
         stream = (self.prefix_bits + QK * self.bits + 7) // 8
-        fields = [("norm", "<f2"), ("qs", "u1", stream), ("pad", "u1", 1)]
+        fields = [("norm", "<f2"), ("qs", "u1", stream), ("pad", "u1", (1,))]
         return Layout(np.dtype(fields), scales=("norm",), padding=("pad",), unwritten=("pad",))
 
     @property

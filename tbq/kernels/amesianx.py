@@ -14,6 +14,7 @@ the rotary values of _4 do, is none of the kernels' business.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -40,15 +41,13 @@ from tbq.families.amesianx import (
 )
 from tbq.kernels.bitpack import pack
 from tbq.kernels.compile import jit
-from tbq.kernels.mirrored import choose_levels, upper_levels
+from tbq.kernels.lanes import LANES, ONE, ZERO, butterflies, load, store
 from tbq.kernels.numerics import load_fp16, store_fp16
-from tbq.kernels.rotated import halves
+from tbq.kernels.simd import Lanes, Tables, level_table, on_lanes, search_table
 
-LANES = 16
-ZERO, ONE = np.float32(0.0), np.float32(1.0)
 ZERO_CODE, ONE_CODE = np.int32(0), np.int32(1)
 NONE, DIRECT, PROJECTED = range(3)
-SIGN_LEVEL = upper_levels(np.array([-1, 1], np.float32))
+SIGN_LEVELS = level_table(np.array([-1, 1], np.float32))
 WIDTH = 64  # values of a chunk of lanes
 CHUNK = WIDTH * LANES
 TILE = 8 * LANES
@@ -62,28 +61,23 @@ class Plan(NamedTuple):
         rms: whether the scale is taken of the coordinates.
         scales: how many a group has.
         residual: NONE, DIRECT or PROJECTED.
-        bits: of a code.
         twice: whether there are two transforms.
-        before: float32 (width,), signs before the first.
-        between: float32 (LANES * width,), those before the second, each for all lanes.
+        before: float32 (LANES * width,), signs before the first, each for all lanes.
+        between: those before the second.
         projected: the same, before the residual's transform.
-        edges, levels: boundaries between cells, and the centroid above each, in two halves: the
-            compiler unrolls loops over tuples of up to eight.
-        lowest: the lowest centroid.
+        edges, levels: boundaries between cells, a `search_table`, and centroids, a `level_table`.
         block_bytes: bytes of a block; the blocks of a group stand one after the other.
     """
 
     rms: bool
     scales: int
     residual: int
-    bits: int
     twice: bool
     before: np.ndarray
     between: np.ndarray
     projected: np.ndarray
-    edges: tuple[tuple, tuple]
-    levels: tuple[tuple, tuple]
-    lowest: np.float32
+    edges: np.ndarray
+    levels: np.ndarray
     block_bytes: int
 
 
@@ -92,8 +86,7 @@ class Reverse(NamedTuple):
 
     Attributes:
         residual: NONE, DIRECT or PROJECTED.
-        bits: of a code.
-        upper: what the upper half of the codes stand for, see `tbq.kernels.mirrored`.
+        levels: what codes stand for, a `level_table`.
         twice: whether there are two transforms.
         before, between: signs of values, and those between the transforms.
         after: the first over what the transforms multiply values by.
@@ -106,8 +99,7 @@ class Reverse(NamedTuple):
     """
 
     residual: int
-    bits: int
-    upper: tuple
+    levels: np.ndarray
     twice: bool
     before: np.ndarray
     between: np.ndarray
@@ -121,42 +113,38 @@ class Reverse(NamedTuple):
 # --- lanes, 64 values at a time: with constant bounds the compiler makes vectors -----------------
 
 
-@jit
-def _hadamard4(a, b, c, d):
-    a, b, c, d = a + b, a - b, c + d, c - d
-    return a + c, b + d, a - c, b - d
+@on_lanes(LANES, times=2, v=32)
+def _chunk_begin(v: Lanes) -> None:
+    """Do butterflies of length 1, 2 and 4 over a chunk."""
+    for start in range(0, 32, 8):
+        for i, y in enumerate(butterflies([v[start + i] for i in range(8)])):
+            v[start + i] = y
 
 
-def _eight(length: int):
-    """Return the butterflies of three lengths, this one, twice and four times it, over a chunk."""
-    n = length * LANES
-
-    @jit
-    def butterflies(v):
-        for start in range(0, CHUNK, 8 * n):
-            for k in range(start, start + n):
-                p0, p1, p2, p3 = _hadamard4(v[k], v[k + n], v[k + 2 * n], v[k + 3 * n])
-                m = k + 4 * n
-                q0, q1, q2, q3 = _hadamard4(v[m], v[m + n], v[m + 2 * n], v[m + 3 * n])
-                v[k], v[k + n], v[k + 2 * n], v[k + 3 * n] = p0 + q0, p1 + q1, p2 + q2, p3 + q3
-                v[m], v[m + n], v[m + 2 * n], v[m + 3 * n] = p0 - q0, p1 - q1, p2 - q2, p3 - q3
-
-    return butterflies
+@on_lanes(LANES)
+def _chunk_end(v: Lanes) -> None:
+    """Do butterflies of length 8, 16 and 32 over a chunk."""
+    for j in range(8):
+        own = range(j, WIDTH, 8)
+        for k, y in zip(own, butterflies([v[k] for k in own]), strict=True):
+            v[k] = y
 
 
-_eight1, _eight8 = _eight(1), _eight(8)
+@on_lanes(LANES, times=WIDTH // 8, a=8, b=8)
+def _join2(a: Lanes, b: Lanes) -> None:
+    _join([a, b])
 
 
-@jit
-def _join2(a, b):
-    for k in range(CHUNK):
-        a[k], b[k] = a[k] + b[k], a[k] - b[k]
+@on_lanes(LANES, times=WIDTH // 8, a=8, b=8, c=8, d=8)
+def _join4(a: Lanes, b: Lanes, c: Lanes, d: Lanes) -> None:
+    _join([a, b, c, d])
 
 
-@jit
-def _join4(a, b, c, d):
-    for k in range(CHUNK):
-        a[k], b[k], c[k], d[k] = _hadamard4(a[k], b[k], c[k], d[k])
+def _join(chunks: list[Lanes]) -> None:
+    """Do the butterflies between eight rows of chunks."""
+    for i in range(8):
+        for chunk, y in zip(chunks, butterflies([c[i] for c in chunks]), strict=True):
+            chunk[i] = y
 
 
 @jit
@@ -164,8 +152,8 @@ def fwht(v):
     """Transform each lane of v, 64, 128, 256 or 512 values of it."""
     for start in range(0, v.size, CHUNK):
         own = v[start : start + CHUNK]
-        _eight1(own)
-        _eight8(own)
+        _chunk_begin(own)
+        _chunk_end(own)
     chunks = v.size // CHUNK
     if chunks == 2:
         _join2(v[:CHUNK], v[CHUNK:])
@@ -182,66 +170,45 @@ def fwht(v):
 # --- encoder -------------------------------------------------------------------------------------
 
 
-@jit
-def load(x, start, count, signs, v):
-    """Set lanes v to rows [start, start + count) of x times signs, lanes without a row to zero."""
-    if count < LANES:
-        v[:] = ZERO
-    for lane in range(count):
-        for first in range(0, v.size // LANES, WIDTH):
-            row = x[start + lane, first : first + WIDTH]
-            own = v[first * LANES : (first + WIDTH) * LANES]
-            sign = signs[first : first + WIDTH]
-            for j in range(WIDTH):
-                own[j * LANES + lane] = row[j] * sign[j]
+@on_lanes(LANES, times=WIDTH // 8, v=8)
+def _add_squares(v: Lanes, total: Lanes) -> None:
+    for i in range(8):
+        total[0] = total[0] + v[i] * v[i]
+
+
+@on_lanes(LANES, times=WIDTH // 8, v=8)
+def _add_sizes_of_chunk(v: Lanes, total: Lanes) -> None:
+    for i in range(8):
+        total[0] = total[0] + (v[i].bits() & 0x7FFFFFFF).floats()
 
 
 @jit
-def _add_up(s):
-    """Add the terms behind the first LANES of s (LANES + CHUNK,) to these, in order."""
-    for start in range(0, CHUNK, 8 * LANES):
-        for k in range(start, start + LANES):
-            n = LANES
-            half = (((s[k] + s[k + n]) + s[k + 2 * n]) + s[k + 3 * n]) + s[k + 4 * n]
-            m = k + 4 * n
-            s[k + 8 * n] = (((half + s[m + n]) + s[m + 2 * n]) + s[m + 3 * n]) + s[m + 4 * n]
-    for k in range(LANES):
-        s[k] = s[k + CHUNK]
-
-
-@jit
-def add_squares(v, s, total):
-    """Set total (LANES,) to the sum of squares of each lane of v; s is scratch."""
-    s[:LANES] = ZERO
+def add_squares(v, total):
+    """Set total (LANES,) to the sum of squares of each lane of v, in order."""
+    total[:] = ZERO
     for start in range(0, v.size, CHUNK):
-        own, terms = v[start : start + CHUNK], s[LANES:]
-        for k in range(CHUNK):
-            terms[k] = own[k] * own[k]
-        _add_up(s)
-    total[:] = s[:LANES]
+        _add_squares(v[start : start + CHUNK], total)
 
 
 @jit
-def _add_sizes(v, s, total):
-    """Set total (LANES,) to the sum of absolute values of each lane of v; s is scratch."""
-    s[:LANES] = ZERO
+def _add_sizes(v, total):
+    """Set total (LANES,) to the sum of absolute values of each lane of v, in order."""
+    total[:] = ZERO
     for start in range(0, v.size, CHUNK):
-        own, terms = v[start : start + CHUNK], s[LANES:]
-        for k in range(CHUNK):
-            terms[k] = abs(own[k])
-        _add_up(s)
-    total[:] = s[:LANES]
+        _add_sizes_of_chunk(v[start : start + CHUNK], total)
+
+
+@on_lanes(LANES, times=WIDTH // 8, v=8)
+def _scale_chunk(v: Lanes, factor: Lanes) -> None:
+    for i in range(8):
+        v[i] = v[i] * factor[0]
 
 
 @jit
-def _scale(v, factor, s):
-    """Multiply each lane of v by its factor (LANES,); s is scratch."""
-    for j in range(0, TILE, LANES):
-        s[j : j + LANES] = factor
-    for start in range(0, v.size, TILE):
-        own = v[start : start + TILE]
-        for k in range(TILE):
-            own[k] *= s[k]
+def _scale(v, factor):
+    """Multiply each lane of v by its factor (LANES,)."""
+    for start in range(0, v.size, CHUNK):
+        _scale_chunk(v[start : start + CHUNK], factor)
 
 
 @jit
@@ -252,7 +219,7 @@ def _give_signs(v, signs):
 
 
 @jit
-def _coordinates(v, plan, s, scale, inverse):
+def _coordinates(v, plan, scale, inverse):
     """Turn lanes v, which have their signs, into coordinates; set scale (scales, LANES)."""
     if plan.rms:
         fwht(v)
@@ -263,42 +230,34 @@ def _coordinates(v, plan, s, scale, inverse):
     count = np.float32(size // LANES) if plan.rms else ONE
     for part in range(plan.scales):
         own = v[part * size : (part + 1) * size]
-        add_squares(own, s, scale[part])
+        add_squares(own, scale[part])
         for lane in range(LANES):
             scale[part, lane] = np.sqrt(scale[part, lane] / count)
             inverse[lane] = ONE / scale[part, lane]
-        _scale(own, inverse, s)
+        _scale(own, inverse)
     if not plan.rms:
         fwht(v)
 
 
-@jit
-def _choose(v, edges, codes):
-    """Set codes to the first cell with v below its upper edge."""
-    low, high = edges
-    for k in range(v.size):
-        u, code = v[k], ZERO_CODE
-        for edge in low:
-            code += ZERO_CODE if u < edge else ONE_CODE
-        for edge in high:
-            code += ZERO_CODE if u < edge else ONE_CODE
-        codes[k] = code
+@cache
+def chooser(bits: int):
+    """Return choose(v, edges, levels, codes, s).
 
+    It sets codes to the first cell with v below its upper edge, and s to its centroid.
+    """
 
-@jit
-def _choose_and_subtract(v, edges, levels, lowest, codes):
-    """As `_choose`, and leave of v what exceeds the centroid."""
-    low, high = edges
-    low_levels, high_levels = levels
-    for k in range(v.size):
-        u, code, found = v[k], ZERO_CODE, lowest
-        for edge, level in zip(low, low_levels):  # noqa: B905 (Numba has no strict)
-            code += ZERO_CODE if u < edge else ONE_CODE
-            found = found if u < edge else level
-        for edge, level in zip(high, high_levels):  # noqa: B905
-            code += ZERO_CODE if u < edge else ONE_CODE
-            found = found if u < edge else level
-        codes[k], v[k] = code, u - found
+    @on_lanes(LANES, "edges", "levels", times=WIDTH // 8, v=8, codes=8, s=8)
+    def find(v: Lanes, edges: Tables, levels: Tables, codes: Lanes, s: Lanes) -> None:
+        for i in range(8):
+            codes[i] = -edges.search(bits, v[i], "not <")
+            s[i] = levels.look_up_level(bits, codes[i])
+
+    @jit
+    def choose(v, edges, levels, codes, s):
+        for start in range(0, v.size, CHUNK):
+            find(v[start:], edges, levels, codes[start:], s[start:])
+
+    return choose
 
 
 @jit
@@ -307,23 +266,30 @@ def _choose_signs(v, codes):
         codes[k] = ONE_CODE if v[k] >= ZERO else ZERO_CODE
 
 
-def _writer(bits: int):
-    """Return the loop that packs codes of so many bits, as a constant: it unrolls."""
+@cache
+def writer(bits: int):
+    """Return write(codes, start, count, block_bytes, at, words, packed).
+
+    It writes codes (lanes) to groups from start on, in blocks of up to 32 words.
+    """
+
+    @on_lanes(LANES, times=WIDTH // 8, codes=8, words=1)
+    def pack_chunk(codes: Lanes, words: Lanes) -> None:
+        word = codes[0]
+        for i in range(1, 8):
+            word = word | codes[i] << bits * i
+        words[0] = word
 
     @jit
-    def write(codes, start, count, per_block, block_bytes, at, words, packed):
+    def write(codes, start, count, block_bytes, at, words, packed):
         n = codes.size // (8 * LANES)
-        for g in range(n):
-            for lane in range(LANES):
-                word = ZERO_CODE
-                for i in range(8):
-                    word |= codes[(8 * g + i) * LANES + lane] << (bits * i)
-                words[g * LANES + lane] = word
+        for g in range(0, n, 8):
+            pack_chunk(codes[8 * g * LANES :], words[g * LANES :])
         for lane in range(count):
             out = packed[start + lane]
-            for first in range(0, n, per_block):
-                place = first // per_block * block_bytes + at
-                for g in range(first, min(first + per_block, n)):
+            for first in range(0, n, PER_BLOCK):
+                place = first // PER_BLOCK * block_bytes + at
+                for g in range(first, min(first + PER_BLOCK, n)):
                     word = words[g * LANES + lane]
                     for k in range(bits):
                         out[place + k] = np.uint8((word >> (8 * k)) & 255)
@@ -332,68 +298,58 @@ def _writer(bits: int):
     return write
 
 
-_write1, _write2, _write3, _write4 = (_writer(bits) for bits in (1, 2, 3, 4))
+@cache
+def _quantizer(bits: int, has_residual: bool):
+    choose, write, write_signs = chooser(bits), writer(bits), writer(1)
+
+    @jit
+    def quantize(x, plan, packed):
+        """Quantise groups, rows of x, to rows of packed."""
+        size = plan.before.size
+        width, parts = size // LANES, max(1, size // LANES // 256)
+        v, codes = np.empty(size, np.float32), np.empty(size, np.int32)
+        words = np.empty(width // 8 * LANES, np.int32)
+        scale, second = np.zeros((2, LANES), np.float32), np.empty(LANES, np.float32)
+        inverse, s = np.empty(LANES, np.float32), np.empty(size, np.float32)
+        first_code = 2 if not has_residual else 4
+        first_sign = first_code + min(width, 256) // 8 * bits
+        for start in range(0, x.shape[0], LANES):
+            count = min(LANES, x.shape[0] - start)
+            load(x, start, count, v)
+            _give_signs(v, plan.before)
+            _coordinates(v, plan, scale, inverse)
+            choose(v, plan.edges, plan.levels, codes, s)
+            write(codes, start, count, plan.block_bytes, first_code, words, packed)
+            if has_residual:
+                for k in range(size):
+                    v[k] -= s[k]
+                _residual(v, plan, second)
+                _choose_signs(v, codes)
+                write_signs(codes, start, count, plan.block_bytes, first_sign, words, packed)
+            for lane in range(count):
+                out = packed[start + lane]
+                for part in range(parts):
+                    own = scale[part if plan.scales > 1 else 0, lane]
+                    at = part * plan.block_bytes
+                    if own < TINY:
+                        out[at : at + plan.block_bytes] = 0
+                        continue
+                    store_fp16(abs(own), out, at)  # see the specification
+                    if has_residual:
+                        store_fp16(abs(second[lane] * own), out, at + 2)
+
+    return quantize
 
 
 @jit
-def write_codes(codes, start, count, bits, size, at, words, packed):
-    """Write codes (lanes) to groups [start, start + count), in blocks of up to 32 words."""
-    if bits == 1:
-        _write1(codes, start, count, PER_BLOCK, size, at, words, packed)
-    elif bits == 2:
-        _write2(codes, start, count, PER_BLOCK, size, at, words, packed)
-    elif bits == 3:
-        _write3(codes, start, count, PER_BLOCK, size, at, words, packed)
-    else:
-        _write4(codes, start, count, PER_BLOCK, size, at, words, packed)
-
-
-@jit
-def _quantize(x, plan, packed):
-    """Quantise groups, rows of x, to rows of packed."""
-    size = plan.before.size * LANES
-    width, parts = size // LANES, max(1, size // LANES // 256)
-    v, codes = np.empty(size, np.float32), np.empty(size, np.int32)
-    words = np.empty(width // 8 * LANES, np.int32)
-    scale, second = np.zeros((2, LANES), np.float32), np.empty(LANES, np.float32)
-    inverse, s = np.empty(LANES, np.float32), np.empty(LANES + CHUNK, np.float32)
-    first_code = 2 if plan.residual == NONE else 4
-    first_sign = first_code + min(width, 256) // 8 * plan.bits
-    for start in range(0, x.shape[0], LANES):
-        count = min(LANES, x.shape[0] - start)
-        load(x, start, count, plan.before, v)
-        _coordinates(v, plan, s, scale, inverse)
-        if plan.residual == NONE:
-            _choose(v, plan.edges, codes)
-        else:
-            _choose_and_subtract(v, plan.edges, plan.levels, plan.lowest, codes)
-        write_codes(codes, start, count, plan.bits, plan.block_bytes, first_code, words, packed)
-        if plan.residual != NONE:
-            _residual(v, plan, s, second)
-            _choose_signs(v, codes)
-            write_codes(codes, start, count, 1, plan.block_bytes, first_sign, words, packed)
-        for lane in range(count):
-            out = packed[start + lane]
-            for part in range(parts):
-                own = scale[part if plan.scales > 1 else 0, lane]
-                at = part * plan.block_bytes
-                if own < TINY:
-                    out[at : at + plan.block_bytes] = 0
-                    continue
-                store_fp16(abs(own), out, at)  # see the specification
-                if plan.residual != NONE:
-                    store_fp16(abs(second[lane] * own), out, at + 2)
-
-
-@jit
-def _residual(v, plan, s, second):
+def _residual(v, plan, second):
     """Set second (LANES,) to the sizes of residuals v, and v to what has the signs."""
     if plan.residual == DIRECT:
-        _add_sizes(v, s, second)
+        _add_sizes(v, second)
         for lane in range(LANES):
             second[lane] /= np.float32(v.size // LANES)
         return
-    add_squares(v, s, second)
+    add_squares(v, second)
     for lane in range(LANES):
         second[lane] = np.sqrt(second[lane])
     _give_signs(v, plan.projected)
@@ -403,23 +359,17 @@ def _residual(v, plan, s, second):
 # --- decoder -------------------------------------------------------------------------------------
 
 
-@jit
-def _store(v, start, count, y):
-    """Write the first lanes of v to the first values of rows [start, start + count) of y."""
-    for lane in range(count):
-        for first in range(0, v.size // LANES, WIDTH):
-            row = y[start + lane, first : first + WIDTH]
-            own = v[first * LANES : (first + WIDTH) * LANES]
-            for j in range(WIDTH):
-                row[j] = own[j * LANES + lane]
-
-
+@cache
 def _lane_reader(bits: int):
     """Return the loop that sets lanes to the levels of codes that start at a byte of each block."""
-    choose = choose_levels[bits]
+
+    @on_lanes(LANES, "levels", times=WIDTH // 8, words=1, v=8)
+    def expand_chunk(words: Lanes, levels: Tables, v: Lanes) -> None:
+        for i in range(8):
+            v[i] = levels.look_up_level(bits, words[0] >> bits * i)
 
     @jit
-    def read(packed, start, count, block_bytes, at, upper, words, v):
+    def read(packed, start, count, block_bytes, at, levels, words, v):
         n = v.size // (8 * LANES)
         for lane in range(count):
             row = packed[start + lane]
@@ -431,62 +381,53 @@ def _lane_reader(bits: int):
                         word |= np.int32(row[place + k]) << np.int32(8 * k)
                     words[g * LANES + lane] = word
                     place += bits
-        choose(words[: n * LANES], upper, v)
+        for g in range(0, n, 8):
+            expand_chunk(words[g * LANES :], levels, v[8 * g * LANES :])
 
     return read
 
 
-_lanes1, _lanes2, _lanes3, _lanes4 = (_lane_reader(bits) for bits in (1, 2, 3, 4))
+@cache
+def _expander(bits: int, has_residual: bool):
+    read, read_signs = _lane_reader(bits), _lane_reader(1)
 
-
-@jit
-def _read_lanes(packed, start, count, plan, words, v):
-    """Set the first lanes of v to the levels of groups [start, start + count)."""
-    at = 2 if plan.residual == NONE else 4
-    size, upper = plan.block_bytes, plan.upper
-    if plan.bits == 2:
-        _lanes2(packed, start, count, size, at, upper, words, v)
-    elif plan.bits == 3:
-        _lanes3(packed, start, count, size, at, upper, words, v)
-    else:
-        _lanes4(packed, start, count, size, at, upper, words, v)
-
-
-@jit
-def _unscaled(packed, start, count, plan, buffers, v):
-    """Set lanes v to what groups [start, start + count) hold before it is transformed."""
-    e, words, tile, factor = buffers
-    width, size = v.size // LANES, plan.block_bytes
-    parts = max(1, width // 256)
-    n = v.size // parts
-    _read_lanes(packed, start, count, plan, words, v)
-    for part in range(parts):
-        for lane in range(count):
-            factor[lane] = load_fp16(packed[start + lane], part * size)
-        _scale(v[part * n : (part + 1) * n], factor, tile)
-    if plan.residual == NONE:
-        return
-    at = 4 + min(width, 256) // 8 * plan.bits
-    _lanes1(packed, start, count, size, at, SIGN_LEVEL, words, e)
-    if plan.residual == DIRECT:
+    @jit
+    def unscaled(packed, start, count, plan, buffers, v):
+        """Set lanes v to what groups [start, start + count) hold before it is transformed."""
+        e, words, tile, factor = buffers
+        width, size = v.size // LANES, plan.block_bytes
+        parts = max(1, width // 256)
+        n = v.size // parts
+        read(packed, start, count, size, 4 if has_residual else 2, plan.levels, words, v)
         for part in range(parts):
             for lane in range(count):
-                factor[lane] = load_fp16(packed[start + lane], part * size + 2)
-            _scale(e[part * n : (part + 1) * n], factor, tile)
-        for k in range(v.size):
-            v[k] += e[k]
-        return
-    fwht(e)
-    for lane in range(count):
-        second = load_fp16(packed[start + lane], 2)
-        factor[lane] = (second * plan.share) / np.float32(width)
-    for j in range(0, TILE, LANES):
-        tile[j : j + LANES] = factor
-    for first in range(0, v.size, TILE):
-        own, more = v[first : first + TILE], e[first : first + TILE]
-        signs = plan.projected[first : first + TILE]
+                factor[lane] = load_fp16(packed[start + lane], part * size)
+            _scale(v[part * n : (part + 1) * n], factor)
+        if not has_residual:
+            return
+        at = 4 + min(width, 256) // 8 * bits
+        read_signs(packed, start, count, size, at, SIGN_LEVELS, words, e)
+        if plan.residual == DIRECT:
+            for part in range(parts):
+                for lane in range(count):
+                    factor[lane] = load_fp16(packed[start + lane], part * size + 2)
+                _scale(e[part * n : (part + 1) * n], factor)
+            for k in range(v.size):
+                v[k] += e[k]
+            return
+        fwht(e)
+        for lane in range(count):
+            second = load_fp16(packed[start + lane], 2)
+            factor[lane] = (second * plan.share) / np.float32(width)
         for k in range(TILE):
-            own[k] += (tile[k] * signs[k]) * more[k]
+            tile[k] = factor[k % LANES]
+        for first in range(0, v.size, TILE):
+            own, more = v[first : first + TILE], e[first : first + TILE]
+            signs = plan.projected[first : first + TILE]
+            for k in range(TILE):
+                own[k] += (tile[k] * signs[k]) * more[k]
+
+    return unscaled
 
 
 @jit
@@ -501,7 +442,7 @@ def _transform(v, plan, after):
 
 @jit
 def _buffers(size):
-    """Return scratch of `_unscaled` for lanes of so many values in all."""
+    """Return scratch of `_expander` for lanes of so many values in all."""
     words = np.zeros(size // 8, np.int32)
     return (
         np.empty(size, np.float32),
@@ -511,53 +452,59 @@ def _buffers(size):
     )
 
 
-@jit
-def _dequantize(packed, plan, y):
-    """Dequantise groups, rows of packed, to the first values of rows of y."""
-    size = plan.after.size
-    v, buffers = np.empty(size, np.float32), _buffers(size)
-    for start in range(0, packed.shape[0], LANES):
-        count = min(LANES, packed.shape[0] - start)
-        _unscaled(packed, start, count, plan, buffers, v)
-        _transform(v, plan, plan.after)
-        _store(v, start, count, y)
+@cache
+def _decoders(bits: int, has_residual: bool):
+    """Return dequantize and levels."""
+    unscaled = _expander(bits, has_residual)
 
+    @jit
+    def dequantize(packed, plan, y):
+        """Dequantise groups, rows of packed, to the first values of rows of y."""
+        size = plan.after.size
+        v, buffers = np.empty(size, np.float32), _buffers(size)
+        for start in range(0, packed.shape[0], LANES):
+            count = min(LANES, packed.shape[0] - start)
+            unscaled(packed, start, count, plan, buffers, v)
+            _transform(v, plan, plan.after)
+            store(v, start, count, y)
 
-@jit
-def _levels(packed, plan, y):
-    """Set rows of y to what groups, rows of packed, hold, as an orthogonal transform leaves it."""
-    size = plan.after.size
-    v, buffers = np.empty(size, np.float32), _buffers(size)
-    for start in range(0, packed.shape[0], LANES):
-        count = min(LANES, packed.shape[0] - start)
-        _unscaled(packed, start, count, plan, buffers, v)
-        for k in range(size):
-            v[k] *= plan.unit
-        _store(v, start, count, y)
+    @jit
+    def levels(packed, plan, y):
+        """Set rows of y to what groups hold, as an orthogonal transform leaves it."""
+        size = plan.after.size
+        v, buffers = np.empty(size, np.float32), _buffers(size)
+        for start in range(0, packed.shape[0], LANES):
+            count = min(LANES, packed.shape[0] - start)
+            unscaled(packed, start, count, plan, buffers, v)
+            for k in range(size):
+                v[k] *= plan.unit
+            store(v, start, count, y)
+
+    return dequantize, levels
 
 
 @jit
 def _unrotate(x, plan):
     """Transform the first values of rows of x, so that lengths remain."""
     size = plan.after.size
-    v, ones = np.empty(size, np.float32), np.ones(size // LANES, np.float32)
+    v = np.empty(size, np.float32)
     for start in range(0, x.shape[0], LANES):
         count = min(LANES, x.shape[0] - start)
-        load(x, start, count, ones, v)
+        load(x, start, count, v)
         _transform(v, plan, plan.before)
         for k in range(size):
             v[k] *= plan.unit
-        _store(v, start, count, x)
+        store(v, start, count, x)
 
 
 @jit
 def _rotate(x, plan):
     """Undo `_unrotate`."""
     size = plan.after.size
-    v, ones = np.empty(size, np.float32), np.ones(size // LANES, np.float32)
+    v = np.empty(size, np.float32)
     for start in range(0, x.shape[0], LANES):
         count = min(LANES, x.shape[0] - start)
-        load(x, start, count, ones, v)
+        load(x, start, count, v)
         _give_signs(v, plan.before)
         fwht(v)
         if plan.twice:
@@ -565,7 +512,7 @@ def _rotate(x, plan):
             fwht(v)
         for k in range(size):
             v[k] *= plan.unit
-        _store(v, start, count, x)
+        store(v, start, count, x)
 
 
 # --- rotary values and pairs ---------------------------------------------------------------------
@@ -673,19 +620,17 @@ def _projected(codec: HadamardCells) -> np.ndarray:
 
 
 def _plan(codec: HadamardCells) -> Plan:
-    signs, levels = codec.transform.signs, codec.cells.levels
+    signs = codec.transform.signs
     return Plan(
         rms=codec.measured == "rms",
         scales=codec.scales,
         residual=_kind(codec),
-        bits=codec.cells.bits,
         twice=len(signs) > 1,
-        before=byte_signs(signs[0]),
+        before=np.repeat(byte_signs(signs[0]), LANES),
         between=np.repeat(byte_signs(signs[-1]), LANES),
         projected=np.repeat(_projected(codec), LANES),
-        edges=halves(codec.cells.edges),
-        levels=halves(levels[1:]),
-        lowest=levels[0],
+        edges=search_table(codec.cells.edges),
+        levels=level_table(codec.cells.levels),
         block_bytes=codec.block_bytes,
     )
 
@@ -695,8 +640,7 @@ def _reverse(codec: HadamardCells) -> Reverse:
     before = np.repeat(byte_signs(transform.signs[0]), LANES)
     return Reverse(
         residual=_kind(codec),
-        bits=cells.bits,
-        upper=upper_levels(cells.levels),
+        levels=level_table(cells.levels),
         twice=len(transform.signs) > 1,
         before=before,
         between=np.repeat(byte_signs(transform.signs[-1]), LANES),
@@ -708,19 +652,26 @@ def _reverse(codec: HadamardCells) -> Reverse:
     )
 
 
+def _compiled(codec: HadamardCells):
+    """Return the encoder, the decoder, and what reads levels."""
+    bits, has_residual = codec.cells.bits, codec.residual is not None
+    return _quantizer(bits, has_residual), *_decoders(bits, has_residual)
+
+
 def _alone(codec: HadamardCells) -> RowKernels:
     _check(codec)
     width, size = codec.group_values, codec.block_bytes * codec.group_blocks
     plan, reverse = _plan(codec), _reverse(codec)
+    encode, decode, read_levels = _compiled(codec)
 
     def quantize(x, packed, first):
-        _quantize(x.reshape(-1, width), plan, packed.reshape(-1, size))
+        encode(x.reshape(-1, width), plan, packed.reshape(-1, size))
 
     def dequantize(packed, y):
-        _dequantize(packed.reshape(-1, size), reverse, y.reshape(-1, width))
+        decode(packed.reshape(-1, size), reverse, y.reshape(-1, width))
 
     def levels(packed, y):
-        _levels(packed.reshape(-1, size), reverse, y.reshape(-1, width))
+        read_levels(packed.reshape(-1, size), reverse, y.reshape(-1, width))
 
     def rotate(x, blocks):
         _rotate(x.reshape(-1, width), reverse)
@@ -738,20 +689,21 @@ def _latent(codec: LatentAndRope) -> RowKernels:
     _check(codec.latent)
     n, size, at = codec.group_values, codec.block_bytes, codec.layout.offset("rope")
     width, plan, reverse = codec.latent.group_values, _plan(codec.latent), _reverse(codec.latent)
+    encode, decode, read_levels = _compiled(codec.latent)
 
     def quantize(x, packed, first):
         rows, blocks = x.reshape(-1, n), packed.reshape(-1, size)
-        _quantize(rows, plan, blocks)
+        encode(rows, plan, blocks)
         _store_rope(rows, blocks, width, at)
 
     def dequantize(packed, y):
         blocks = packed.reshape(-1, size)
-        _dequantize(blocks, reverse, y.reshape(-1, n))
+        decode(blocks, reverse, y.reshape(-1, n))
         _load_rope(blocks, at, y.reshape(-1, n), width)
 
     def levels(packed, y):
         blocks = packed.reshape(-1, size)
-        _levels(blocks, reverse, y.reshape(-1, n))
+        read_levels(blocks, reverse, y.reshape(-1, n))
         _load_rope(blocks, at, y.reshape(-1, n), width)
 
     def rotate(x, blocks):
@@ -803,18 +755,19 @@ def _pairs(codec: PolarPairs) -> RowKernels:
         raise NotImplementedError("kernels undo the position and search; others are mutants")
     width, size = codec.group_values, codec.block_bytes
     plan, reverse, alone = _plan(codec.cells), _reverse(codec.cells), codec.cells.kernels
+    encode, decode, read_levels = _compiled(codec.cells)
     frequency, edges = frequencies(), tuple(np.array(RADIUS_EDGES, np.float32))
     polar = (np.array(RADII, np.float32), *phase_points(), np.float32(codec.penalty))
 
     def quantize(x, packed, first):
         rows, blocks = x.reshape(-1, width), packed.reshape(-1, size)
-        _quantize(rows, plan, blocks)
+        encode(rows, plan, blocks)
         _quantize_pairs(rows, first, x.shape[-1] // width, frequency, edges, polar, blocks)
 
     def dequantize(packed, y):
-        _dequantize(packed.reshape(-1, size), reverse, y.reshape(-1, width))
+        decode(packed.reshape(-1, size), reverse, y.reshape(-1, width))
 
     def levels(packed, y):
-        _levels(packed.reshape(-1, size), reverse, y.reshape(-1, width))
+        read_levels(packed.reshape(-1, size), reverse, y.reshape(-1, width))
 
     return RowKernels(quantize, dequantize, levels, alone.rotate, alone.unrotate)

@@ -8,6 +8,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from tbq.kernels.compile import jit
+from tbq.kernels.simd import Lanes, Tables, on_lanes
 
 ZERO = np.float32(0.0)
 TOGETHER = 4  # vectors that share what is loaded of a matrix
@@ -109,6 +110,22 @@ def multiplier(n: int):
             tile(matrix, x, y, number)
 
     return multiply
+
+
+def chooser(bits: int, n: int, factor: np.float32):
+    """Return choose(v, edges, codes): int32 codes of n values, whose vectors lie one by one.
+
+    A code is the first cell with factor times the value below its upper edge; edges is a
+    `search_table`.
+    """
+    own = float(factor)
+
+    @on_lanes(WIDTH, "edges", times=n // (4 * WIDTH), v=4, codes=4)
+    def choose(v: Lanes, edges: Tables, codes: Lanes) -> None:
+        for i in range(4):
+            codes[i] = -edges.search(bits, v[i] * own, "not <")
+
+    return choose
 
 
 @jit

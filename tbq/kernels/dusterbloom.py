@@ -7,8 +7,8 @@ import numpy as np
 from tbq.codec import RowKernels
 from tbq.families.dusterbloom import MIN_NORM, QK, SignedHadamard
 from tbq.kernels import rotated
-from tbq.kernels.mirrored import upper_levels
 from tbq.kernels.rotated import ORDERS, STREAMS, Plan
+from tbq.kernels.simd import level_table
 from tbq.numerics import word_signs
 
 
@@ -19,38 +19,37 @@ def kernels(codec: SignedHadamard) -> RowKernels:
     kind, size = STREAMS[codec.cells.bits], codec.block_bytes
     signs = word_signs(codec.signs)
     own, ones = rotated.in_lanes(signs), rotated.in_lanes(np.ones(QK, np.float32))
-    scaled = np.full(QK, codec.backward, np.float32)
+    scaled = rotated.in_lanes(np.full(QK, codec.backward, np.float32))
     plan = Plan(
-        order=ORDERS[codec.total],
         divides=True,
         floor=MIN_NORM,
         corrected=codec.corrected,
         clears_nan=False,
         before=own,
-        after=np.full(QK, codec.forward, np.float32),
-        upper=False,
-        **rotated.split_cells(codec.cells),
+        after=rotated.in_lanes(np.full(QK, codec.forward, np.float32)),
+        **rotated.cell_tables(codec.cells),
         scales=rotated.scale_places(codec),
         places=rotated.stored(codec, "qs"),
         zeros=rotated.zero_places(codec),
     )
-    where, upper = (plan.places, plan.scales), upper_levels(codec.cells.levels)
-    pairs = rotated.pair_table(codec.cells.levels, kind)
+    encode = rotated.quantizer(kind, codec.cells.bits, ">", ORDERS[codec.total])
+    read, decode = rotated.leveller(kind), rotated.restorer(kind)
+    where, table = (plan.places, plan.scales), level_table(codec.cells.levels)
 
     def quantize(x, packed, first):
-        rotated.quantize(x.reshape(-1, QK), plan, kind, packed.reshape(-1, size))
+        encode(x.reshape(-1, QK), plan, packed.reshape(-1, size))
 
     def levels(packed, y):
-        rotated.levels(packed.reshape(-1, size), kind, *where, pairs, y.reshape(-1, QK))
+        read(packed.reshape(-1, size), *where, table, y.reshape(-1, QK))
 
     def dequantize(packed, y):
         blocks, values = packed.reshape(-1, size), y.reshape(-1, QK)
-        rotated.restore(blocks, kind, *where, upper, ones, scaled * signs, values)
+        decode(blocks, *where, table, ones, scaled * own, values)
 
     def rotate(x, blocks):
         rotated.rotate(x, own, scaled)
 
     def unrotate(x, blocks):
-        rotated.rotate(x, ones, scaled * signs)
+        rotated.rotate(x, ones, scaled * own)
 
     return RowKernels(quantize, dequantize, levels, rotate, unrotate)

@@ -6,6 +6,8 @@ within a sub-block. Codes of the scales that are stored, and bytes, are made in 
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from tbq.codec import RowKernels
@@ -310,23 +312,25 @@ def _block_with_minimum(x, bits, steps, found, ints, codes, out):
         _pack_planes(codes, 4, out[16:48])
 
 
-@jit
-def _quantize_with_minimum(x, bits, by_size, steps, numerators, packed):
-    """Quantise x (m, values) to packed (n, bytes of a block)."""
-    f, ints = np.empty(PLACES, np.float32), np.empty((2, LANES), np.uint8)
-    codes, top = np.empty(QK, np.uint8), np.int32((1 << bits) - 1)
-    n = x.shape[1]
-    count = QK // n
-    for start in range(0, x.shape[0], LANES):
-        _load(x, start, f)
-        if n == 32:  # literal lengths, so that loops become vectors
-            _search(f, 32, top, by_size, numerators)
-        else:
-            _search(f, 16, top, by_size, numerators)
-        for lane in range(0, min(LANES, x.shape[0] - start), count):
-            own = x[start + lane : start + lane + count]
-            block = packed[(start + lane) // count]
-            _block_with_minimum(own, bits, steps, f[lane:], ints, codes, block)
+@cache
+def _with_minimum_quantizer(n: int):
+    """Return the encoder for sub-blocks of n values, a constant, so that loops become vectors."""
+
+    @jit
+    def quantize(x, bits, by_size, steps, numerators, packed):
+        """Quantise x (m, values) to packed (n, bytes of a block)."""
+        f, ints = np.empty(PLACES, np.float32), np.empty((2, LANES), np.uint8)
+        codes, top = np.empty(QK, np.uint8), np.int32((1 << bits) - 1)
+        count = QK // n
+        for start in range(0, x.shape[0], LANES):
+            _load(x, start, f)
+            _search(f, n, top, by_size, numerators)
+            for lane in range(0, min(LANES, x.shape[0] - start), count):
+                own = x[start + lane : start + lane + count]
+                block = packed[(start + lane) // count]
+                _block_with_minimum(own, bits, steps, f[lane:], ints, codes, block)
+
+    return quantize
 
 
 @jit
@@ -624,11 +628,12 @@ def kernels(codec: WithMinimum | WithSign) -> RowKernels:
     if isinstance(codec, WithMinimum):
         search = codec.search
         numerators, steps = grid(search, codec.top), np.float32(search.steps)
+        encode = _with_minimum_quantizer(search.values)
 
         def quantize(x, packed, first):
             rows = x.reshape(-1, search.values)
             out = packed.reshape(-1, size)
-            _quantize_with_minimum(rows, bits, search.by_size, steps, numerators, out)
+            encode(rows, bits, search.by_size, steps, numerators, out)
     else:
         numerators = sign_grid(codec.half)
 

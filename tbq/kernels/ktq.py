@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from tbq.codec import RowKernels
@@ -22,22 +24,29 @@ from tbq.kernels.lanes import (
     SIZE,
     WORDS,
     ZERO,
-    count_above,
+    begin_signed,
+    code_loader,
+    code_storer,
+    correct,
+    end,
+    end_finder,
+    end_signed,
+    expander,
     fwht,
     give_signs,
+    invert,
     load,
-    load_codes,
+    load_half,
     load_word,
-    multiply,
     norms,
+    packer,
     store,
-    store_codes,
+    store_half,
     store_word,
+    widen,
 )
-from tbq.kernels.lanes import pack as pack_lanes
-from tbq.kernels.mirrored import choose, upper_levels
 from tbq.kernels.numerics import corrected_scale, load_fp16, store_fp16
-from tbq.kernels.rotated import halves
+from tbq.kernels.simd import level_table, search_table
 from tbq.nearest import squared, thresholds
 
 WORD_STEP = np.float32(1.0 / 65536.0)
@@ -66,19 +75,22 @@ def _philox6(counter, key):
 
 
 @jit
-def _draw_uniform(seed, u):
-    """Set u, lanes, to the draws of sixteen blocks, from 0 up to 1, by their seeds (LANES,)."""
-    for j in range(QK):
-        own = u[j * LANES : (j + 1) * LANES]
-        for lane in range(LANES):
-            word = _philox6(QK + j, seed[lane])
-            own[lane] = np.float32(np.int32(word & np.uint64(0xFFFF))) * WORD_STEP
+def _fill_draws(seeds, draws):
+    """Set draws (n + LANES, 32) to those of n blocks, from 0 up to 1, and again from the first."""
+    for b in range(seeds.size):
+        own, key = draws[b], seeds[b]
+        for j in range(QK):
+            word = _philox6(QK + j, key)
+            own[j] = np.float32(np.int32(word & np.uint64(0xFFFF))) * WORD_STEP
+    for b in range(seeds.size, draws.shape[0]):
+        for j in range(QK):
+            draws[b, j] = draws[b - seeds.size, j]
 
 
 @jit
 def _draw_of_two(v, u, levels, codes):
     """Set codes to the upper level as often as lanes v are near it."""
-    low, high = levels[0], levels[1]
+    low, high = levels
     for k in range(SIZE):
         p1 = (v[k] - low) / (high - low)
         p1 = min(max(p1, ZERO), ONE)
@@ -115,53 +127,80 @@ def _draw_of_many(v, u, levels, codes):
         codes[k] = taken if total > TINY else first
 
 
-@jit
-def _quantize(x, first, row_blocks, signs, cells, stochastic, bits, packed):
-    """Quantise x (n, 32) to packed (n, block_bytes); block b has index first + b % row_blocks."""
-    levels, parts, limits, upper = cells
-    n, place = x.shape[0], 0
-    seeds = np.empty(min(row_blocks, n), np.uint32)  # they repeat from row to row
-    for b in range(seeds.size):
-        seeds[b] = block_seed(first + b)
-    v, u = np.empty(SIZE, np.float32), np.empty(SIZE, np.float32)
-    codes, words = np.zeros(SIZE, np.int32), np.empty(WORDS, np.int32)
-    sign_word, seed = np.zeros(LANES, np.int32), np.zeros(LANES, np.uint32)
-    norm, rn = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    inverse = np.empty(LANES, np.float32)
-    for start in range(0, n, LANES):
-        count = min(LANES, n - start)
-        load(x, start, count, v)
-        norms(v, norm)
-        for lane in range(count):
-            seed[lane] = seeds[place]
-            sign_word[lane] = signs[seed[lane]]
-            place = place + 1 if place + 1 < seeds.size else 0
-        for lane in range(LANES):
-            inverse[lane] = ONE / norm[lane]
-        multiply(v, inverse)
-        give_signs(v, sign_word)
-        fwht(v, SCALE)
-        if stochastic:
-            _draw_uniform(seed, u)
-            if bits == 1:
-                _draw_of_two(v, u, levels, codes)
-            else:
-                _draw_of_many(v, u, parts, codes)
+def _drawing(bits: int):
+    """Return the choice of codes by chance."""
+    pack = packer(bits)
+
+    @jit
+    def draw(v, parts, draws, place, u, codes, words):
+        end(v)
+        load(draws, place, LANES, u)
+        if bits == 1:
+            _draw_of_two(v, u, parts, codes)
         else:
-            count_above(v, limits, codes)
-        pack_lanes(codes, bits, words)
-        choose(words, bits, upper, v)
-        fwht(v, SCALE)  # the signs do not matter to the norm
-        norms(v, rn)
-        for lane in range(count):
-            out = packed[start + lane]
-            if norm[lane] < TINY:
-                out[:] = 0
-                store_fp16(norm[lane], out, 0)
-            else:
-                store_fp16(corrected_scale(norm[lane], rn[lane]), out, 0)
-                store_codes(words, lane, bits, out)
-                store_word(sign_word[lane], out, 2 + 4 * bits)
+            _draw_of_many(v, u, parts, codes)
+        pack(codes, words)
+
+    return draw
+
+
+def _choosing(bits: int):
+    """Return the choice of the nearest codes."""
+    find = end_finder(bits)
+
+    @jit
+    def choose(v, limits, draws, place, u, codes, words):
+        find(v, limits, words)
+
+    return choose
+
+
+@cache
+def _quantizer(bits: int, stochastic: bool):
+    """Return the encoder; its `choice` is what the codes are chosen by."""
+    choose = _drawing(bits) if stochastic else _choosing(bits)
+    expand, store_codes = expander(bits, True), code_storer(bits)
+
+    @jit
+    def quantize(x, first, row_blocks, signs, choice, levels, packed):
+        """Quantise x (n, 32) to packed (n, bytes); block b has index first + b % row_blocks."""
+        n, place = x.shape[0], 0
+        seeds = np.empty(min(row_blocks, n), np.uint32)  # they repeat from row to row
+        for b in range(seeds.size):
+            seeds[b] = block_seed(first + b)
+        draws = np.empty((seeds.size + LANES if stochastic else 0, QK), np.float32)
+        if stochastic:
+            _fill_draws(seeds, draws)
+        v, u = np.empty(SIZE, np.float32), np.empty(SIZE, np.float32)
+        codes, words = np.zeros(SIZE, np.int32), np.empty(WORDS, np.int32)
+        sign_word = np.zeros(LANES, np.int32)
+        norm, rn = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+        inverse, half = np.empty(LANES, np.float32), np.empty(LANES, np.int32)
+        for start in range(0, n, LANES):
+            count = min(LANES, n - start)
+            load(x, start, count, v)
+            norms(v, norm)
+            began = place
+            for lane in range(count):
+                sign_word[lane] = signs[seeds[place]]
+                place = place + 1 if place + 1 < seeds.size else 0
+            invert(norm, inverse)
+            begin_signed(v, sign_word, inverse)
+            choose(v, choice, draws, began, u, codes, words)
+            expand(words, levels, v)
+            end(v)  # the signs do not matter to the norm
+            norms(v, rn)
+            correct(norm, rn, half)
+            for lane in range(count):
+                out = packed[start + lane]
+                if norm[lane] < TINY:
+                    out[:] = 0
+                else:
+                    store_codes(words, lane, out)
+                    store_word(sign_word[lane], out, 2 + 4 * bits)
+                store_half(half[lane], out, 0)
+
+    return quantize
 
 
 @jit
@@ -172,25 +211,31 @@ def _clear_tiny(d, start, count, y):
             y[start + lane] = ZERO
 
 
-@jit
-def _dequantize(packed, upper, flip, bits, y):
-    """Dequantise packed (n, block_bytes) to y (n, 32); flip is xored to the sign bits."""
-    n = packed.shape[0]
-    v, words = np.empty(SIZE, np.float32), np.zeros(WORDS, np.int32)
-    sign_word, d = np.zeros(LANES, np.int32), np.zeros(LANES, np.float32)
-    for start in range(0, n, LANES):
-        count = min(LANES, n - start)
-        for lane in range(count):
-            block = packed[start + lane]
-            d[lane] = load_fp16(block, 0)
-            load_codes(block, bits, words, lane)
-            sign_word[lane] = load_word(block, 2 + 4 * bits) ^ flip
-        choose(words, bits, upper, v)
-        fwht(v, SCALE)
-        give_signs(v, sign_word)
-        multiply(v, d)
-        store(v, start, count, y)
-        _clear_tiny(d, start, count, y)
+@cache
+def _dequantizer(bits: int):
+    expand, load_codes = expander(bits, True), code_loader(bits)
+
+    @jit
+    def dequantize(packed, levels, flip, y):
+        """Dequantise packed (n, block_bytes) to y (n, 32); flip is xored to the sign bits."""
+        n = packed.shape[0]
+        v, words = np.empty(SIZE, np.float32), np.zeros(WORDS, np.int32)
+        sign_word, half = np.zeros(LANES, np.int32), np.zeros(LANES, np.int32)
+        d = np.zeros(LANES, np.float32)
+        for start in range(0, n, LANES):
+            count = min(LANES, n - start)
+            for lane in range(count):
+                block = packed[start + lane]
+                half[lane] = load_half(block, 0)
+                load_codes(block, words, lane)
+                sign_word[lane] = load_word(block, 2 + 4 * bits) ^ flip
+            widen(half, d)
+            expand(words, levels, v)
+            end_signed(v, sign_word, d)
+            store(v, start, count, y)
+            _clear_tiny(d, start, count, y)
+
+    return dequantize
 
 
 @jit
@@ -215,7 +260,7 @@ def _rotate(x, blocks, at, flip, before):
             word[lane] = load_word(blocks[start + lane], at) ^ flip
         if before:
             give_signs(v, word)
-        fwht(v, SCALE)
+        fwht(v)
         if not before:
             give_signs(v, word)
         store(v, start, count, x)
@@ -234,50 +279,60 @@ def _quantize_alone(x, packed):
             store_fp16(norm[lane], packed[start + lane], 0)
 
 
-@jit
-def _expand_siblings(siblings, start, count, upper, bits, words, v):
-    """Set lanes v to the transform of the siblings' codes, unsigned and unscaled."""
-    words[:] = 0
-    for lane in range(count):
-        load_codes(siblings[start + lane], bits, words, lane)
-    choose(words, bits, upper, v)
-    fwht(v, SCALE)
+@cache
+def _paired(bits: int):
+    """Return the kernels of blocks that borrow the codes of others."""
+    expand, load_codes = expander(bits, True), code_loader(bits)
 
-
-@jit
-def _quantize_paired(x, siblings, upper, bits, packed):
-    """Quantise x (n, 32) beside the lender's blocks to packed (n, block_bytes)."""
-    v = np.empty(SIZE, np.float32)
-    words = np.zeros(WORDS, np.int32)
-    norm, rn = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    for start in range(0, x.shape[0], LANES):
-        count = min(LANES, x.shape[0] - start)
-        load(x, start, count, v)
-        norms(v, norm)
-        _expand_siblings(siblings, start, count, upper, bits, words, v)
-        norms(v, rn)
+    @jit
+    def half_expanded(siblings, start, count, levels, words, v):
+        """Set lanes v to the siblings' codes, unsigned and unscaled, half transformed."""
+        words[:] = 0
         for lane in range(count):
-            dead = norm[lane] < TINY
-            scale = norm[lane] if dead else corrected_scale(norm[lane], rn[lane])
-            packed[start + lane] = 0
-            store_fp16(scale, packed[start + lane], 0)
+            load_codes(siblings[start + lane], words, lane)
+        expand(words, levels, v)
+
+    @jit
+    def quantize(x, siblings, levels, packed):
+        """Quantise x (n, 32) beside the lender's blocks to packed (n, block_bytes)."""
+        v = np.empty(SIZE, np.float32)
+        words = np.zeros(WORDS, np.int32)
+        norm, rn = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+        for start in range(0, x.shape[0], LANES):
+            count = min(LANES, x.shape[0] - start)
+            load(x, start, count, v)
+            norms(v, norm)
+            half_expanded(siblings, start, count, levels, words, v)
+            end(v)
+            norms(v, rn)
+            for lane in range(count):
+                dead = norm[lane] < TINY
+                scale = norm[lane] if dead else corrected_scale(norm[lane], rn[lane])
+                packed[start + lane] = 0
+                store_fp16(scale, packed[start + lane], 0)
+
+    @jit
+    def dequantize(packed, siblings, levels, y):
+        """Dequantise packed (n, block_bytes) beside the lender's blocks to y (n, 32)."""
+        v, words = np.empty(SIZE, np.float32), np.zeros(WORDS, np.int32)
+        sign_word, d = np.zeros(LANES, np.int32), np.zeros(LANES, np.float32)
+        for start in range(0, y.shape[0], LANES):
+            count = min(LANES, y.shape[0] - start)
+            half_expanded(siblings, start, count, levels, words, v)
+            for lane in range(count):
+                d[lane] = load_fp16(packed[start + lane], 0)
+                sign_word[lane] = load_word(siblings[start + lane], 2 + 4 * bits)
+            end_signed(v, sign_word, d)
+            store(v, start, count, y)
+            _clear_tiny(d, start, count, y)
+
+    return quantize, dequantize
 
 
-@jit
-def _dequantize_paired(packed, siblings, upper, bits, y):
-    """Dequantise packed (n, block_bytes) beside the lender's blocks to y (n, 32)."""
-    v, words = np.empty(SIZE, np.float32), np.zeros(WORDS, np.int32)
-    sign_word, d = np.zeros(LANES, np.int32), np.zeros(LANES, np.float32)
-    for start in range(0, y.shape[0], LANES):
-        count = min(LANES, y.shape[0] - start)
-        _expand_siblings(siblings, start, count, upper, bits, words, v)
-        for lane in range(count):
-            d[lane] = load_fp16(packed[start + lane], 0)
-            sign_word[lane] = load_word(siblings[start + lane], 2 + 4 * bits)
-        give_signs(v, sign_word)
-        multiply(v, d)
-        store(v, start, count, y)
-        _clear_tiny(d, start, count, y)
+def _halves(levels: np.ndarray) -> tuple[tuple, tuple]:
+    """Return levels in two parts: the compiler unrolls loops over tuples of up to eight."""
+    middle = len(levels) // 2
+    return tuple(levels[:middle]), tuple(levels[middle:])
 
 
 def kernels(codec: SignedBlocks | BorrowedCodes) -> RowKernels:
@@ -288,20 +343,23 @@ def kernels(codec: SignedBlocks | BorrowedCodes) -> RowKernels:
 def _signed(codec: SignedBlocks) -> RowKernels:
     bits, size = codec.bits, codec.block_bytes
     levels = CODEBOOKS[bits] * SCALE
-    upper = upper_levels(levels)
-    limits = thresholds(levels, squared) if bits > 1 else np.zeros(1, np.float32)
+    table = level_table(levels)
     stochastic = codec.draw == "stochastic"
+    if stochastic:
+        choice = (levels[0], levels[1]) if bits == 1 else _halves(levels)
+    else:
+        choice = search_table(thresholds(levels, squared) if bits > 1 else np.zeros(1, np.float32))
+    encode, decode = _quantizer(bits, stochastic), _dequantizer(bits)
     flip = np.int32(0 if codec.plus_bit else -1)
     at = codec.layout.offset("sb")
 
     def quantize(x, packed, first):
         row_blocks = x.shape[-1] // QK if codec.position == "row" else x.size + 1
-        cells = (levels, halves(levels), tuple(limits), upper)
-        args = (first, row_blocks, sign_words(), cells, stochastic, bits)
-        _quantize(x.reshape(-1, QK), *args, packed.reshape(-1, size))
+        args = (first, row_blocks, sign_words(), choice, table)
+        encode(x.reshape(-1, QK), *args, packed.reshape(-1, size))
 
     def dequantize(packed, y):
-        _dequantize(packed.reshape(-1, size), upper, flip, bits, y.reshape(-1, QK))
+        decode(packed.reshape(-1, size), table, flip, y.reshape(-1, QK))
 
     def scaled_levels(packed, y):
         _levels(packed.reshape(-1, size), levels, bits, y.reshape(-1, QK))
@@ -327,13 +385,13 @@ def _borrowed(codec: BorrowedCodes) -> RowKernels:
 
 def paired_kernels(codec: BorrowedCodes):
     """Return quantize(x, siblings, packed) and dequantize(packed, siblings, y) over blocks."""
-    bits = codec.lender.bits
-    upper = upper_levels(CODEBOOKS[bits] * SCALE)
+    levels = level_table(CODEBOOKS[codec.lender.bits] * SCALE)
+    encode, decode = _paired(codec.lender.bits)
 
     def quantize(x, siblings, packed):
-        _quantize_paired(x, siblings, upper, bits, packed)
+        encode(x, siblings, levels, packed)
 
     def dequantize(packed, siblings, y):
-        _dequantize_paired(packed, siblings, upper, bits, y)
+        decode(packed, siblings, levels, y)
 
     return quantize, dequantize

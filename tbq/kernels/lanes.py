@@ -1,114 +1,281 @@
-"""Sixteen 32-value blocks side by side, value j of lane k at [16 j + k] of a flat array.
+"""Sixteen blocks side by side, value j of lane k at [16 j + k] of a flat array.
 
-Every operation is a vector then. Lanes never mix, and within a lane each sum and butterfly happens
-in the order of the C code. Inner loops are long, or have long straight-line bodies: short ones are
-unrolled before the compiler looks for vectors.
+Every operation is a vector then, see `tbq.kernels.simd`. Lanes never mix, and within a lane each
+sum and butterfly happens in the order of the C code. Most of what is here is for blocks of 32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import cache
+
 import numpy as np
 
+from tbq.families.ktq import SCALE, TINY
 from tbq.kernels.compile import jit
-from tbq.kernels.mirrored import SIGN
+from tbq.kernels.simd import Lanes, Tables, Vector, on_lanes
+from tbq.kernels.transpose import SIDE, transpose8
 
 QK = 32
 LANES = 16
 SIZE = QK * LANES
-WORDS = 4 * LANES  # of eight codes each
+GROUPS = QK // 8  # of eight codes, which fill a word
+WORDS = GROUPS * LANES
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
 I32 = np.int32
+SIGN = -(1 << 31)
+FACTOR = float(SCALE)  # of the transform
 
 
 @jit
 def load(x, start, count, v):
-    """Set lanes v to blocks [start, start + count) of x (n, 32), the rest to zero."""
-    if count < LANES:
-        v[:] = ZERO
-    for lane in range(count):
-        for j in range(QK):
-            v[j * LANES + lane] = x[start + lane, j]
+    """Set lanes v (n * LANES,) to the first n values of rows [start, start + count) of x.
+
+    n is a multiple of eight; lanes without a row are set to zero.
+    """
+    width = x.shape[1]
+    whole = count // SIDE * SIDE
+    for lane in range(0, whole, SIDE):
+        for j in range(0, v.size // LANES, SIDE):
+            transpose8(x, (start + lane) * width + j, width, v, j * LANES + lane, LANES)
+    for lane in range(whole, LANES):
+        for j in range(v.size // LANES):
+            v[j * LANES + lane] = x[start + lane, j] if lane < count else ZERO
 
 
 @jit
 def store(v, start, count, y):
-    """Write the first lanes of v to blocks [start, start + count) of y (n, 32)."""
-    for lane in range(count):
-        for j in range(QK):
+    """Write the first lanes of v (n * LANES,) to the first n values of rows of y from start on."""
+    width = y.shape[1]
+    whole = count // SIDE * SIDE
+    for lane in range(0, whole, SIDE):
+        for j in range(0, v.size // LANES, SIDE):
+            transpose8(v, j * LANES + lane, LANES, y, (start + lane) * width + j, width)
+    for lane in range(whole, count):
+        for j in range(v.size // LANES):
             y[start + lane, j] = v[j * LANES + lane]
 
 
-@jit
-def norms(v, norm):
+@on_lanes(LANES)
+def norms(v: Lanes, norm: Lanes) -> None:
     """Set norm (LANES,) to the L2 norm of each lane, summed in index order."""
-    for lane in range(LANES):
-        norm[lane] = ZERO
-    for g in range(4):
-        own = v[8 * g * LANES : (8 * g + 8) * LANES]
-        for lane in range(LANES):
-            total = norm[lane]
-            for i in range(8):
-                total += own[i * LANES + lane] * own[i * LANES + lane]
-            norm[lane] = total
-    for lane in range(LANES):
-        norm[lane] = np.sqrt(norm[lane])
+    total = v[0] * v[0]  # plus zero, which makes no difference to a square
+    for j in range(1, QK):
+        total = total + v[j] * v[j]
+    norm[0] = total.sqrt()
 
 
-@jit
-def multiply(v, factor):
+@on_lanes(LANES)
+def invert(norm: Lanes, inverse: Lanes) -> None:
+    """Set inverse (LANES,) to one over the norms."""
+    inverse[0] = norm[0].reciprocal()
+
+
+@on_lanes(LANES)
+def multiply(v: Lanes, factor: Lanes) -> None:
     """Multiply each lane of v by its factor (LANES,)."""
-    for g in range(4):
-        own = v[8 * g * LANES : (8 * g + 8) * LANES]
-        for lane in range(LANES):
-            f = factor[lane]
-            for i in range(8):
-                own[i * LANES + lane] *= f
+    for j in range(QK):
+        v[j] = v[j] * factor[0]
 
 
-@jit
-def give_signs(v, words):
+def _with_sign(value: Vector, words: Vector, j: int) -> Vector:
+    """Negate a value where bit j of words is not set."""
+    top = words << (31 - j) if j < 31 else words
+    return (value.bits() ^ (~top & SIGN)).floats()
+
+
+@on_lanes(LANES)
+def give_signs(v: Lanes, words: Lanes) -> None:
     """Negate value j of each lane whose word, of words (LANES,) int32, has bit j not set."""
-    bits = v.view(np.int32)
-    for g in range(4):
-        own = bits[8 * g * LANES : (8 * g + 8) * LANES]
-        for lane in range(LANES):
-            word = I32(~words[lane])
-            for i in range(8):
-                sign = I32(I32(word << I32(31 - 8 * g - i)) & SIGN)
-                own[i * LANES + lane] = I32(own[i * LANES + lane] ^ sign)
+    for j in range(QK):
+        v[j] = _with_sign(v[j], words[0], j)
+
+
+# --- the Hadamard transform: butterflies of length 1 to 16, then a factor ------------------------
+
+
+def butterflies(x: Sequence[Vector]) -> list[Vector]:
+    """Return the transform of a few vectors, a power of two, without a factor."""
+    length = 1
+    while length < len(x):
+        pairs = [(x[i ^ (i & length)], x[i | length], i & length) for i in range(len(x))]
+        x = [a - b if below else a + b for a, b, below in pairs]
+        length *= 2
+    return list(x)
+
+
+def _first_half(v: Lanes, values: Callable[[int], Vector]) -> None:
+    """Set v to what values(j) is after butterflies of length 1, 2 and 4."""
+    for g in range(GROUPS):
+        for i, y in enumerate(butterflies([values(8 * g + i) for i in range(8)])):
+            v[8 * g + i] = y
+
+
+def _second_half(v: Lanes, j: int) -> list[tuple[int, Vector]]:
+    """Return values j, j + 8 ... transformed, with their indices."""
+    own = range(j, QK, 8)
+    return [(k, y * FACTOR) for k, y in zip(own, butterflies([v[k] for k in own]), strict=True)]
+
+
+@on_lanes(LANES)
+def _begin(v: Lanes) -> None:
+    _first_half(v, lambda j: v[j])
+
+
+@on_lanes(LANES)
+def begin_signed(v: Lanes, words: Lanes, factor: Lanes) -> None:
+    """Multiply by factor, give signs, and do the first half of a transform."""
+    _first_half(v, lambda j: _with_sign(v[j] * factor[0], words[0], j))
+
+
+@on_lanes(LANES)
+def end(v: Lanes) -> None:
+    """Do the second half of a transform."""
+    for j in range(8):
+        for k, y in _second_half(v, j):
+            v[k] = y
+
+
+@on_lanes(LANES)
+def end_signed(v: Lanes, words: Lanes, factor: Lanes) -> None:
+    """Do the second half of a transform, give signs, and multiply by factor."""
+    for j in range(8):
+        for k, y in _second_half(v, j):
+            v[k] = _with_sign(y, words[0], k) * factor[0]
 
 
 @jit
-def _hadamard4(a, b, c, d):
-    a, b, c, d = a + b, a - b, c + d, c - d
-    return a + c, b + d, a - c, b - d
+def fwht(v):
+    """Transform each lane of v."""
+    _begin(v)
+    end(v)
+
+
+# --- codes: eight of `bits` each are a word ------------------------------------------------------
+
+
+def _pack(codes: Callable[[int], Vector], bits: int, words: Lanes) -> None:
+    for g in range(GROUPS):
+        word = codes(8 * g)
+        for i in range(1, 8):
+            word = word | codes(8 * g + i) << bits * i
+        words[g] = word
+
+
+@cache
+def packer(bits: int):
+    """Return pack(codes, words): int32 codes (SIZE,) of so many bits to words (WORDS,)."""
+
+    @on_lanes(LANES)
+    def pack(codes: Lanes, words: Lanes) -> None:
+        _pack(lambda j: codes[j], bits, words)
+
+    return pack
+
+
+@cache
+def finder(bits: int):
+    """Return find(v, limits, words): words of how many limits are not above each value.
+
+    limits is a `search_table` of as many as there are codes but one.
+    """
+
+    @on_lanes(LANES, "limits")
+    def find(v: Lanes, limits: Tables, words: Lanes) -> None:
+        for g in range(GROUPS):
+            word = limits.search(bits, v[8 * g], ">=")
+            for i in range(1, 8):
+                word = word + (limits.search(bits, v[8 * g + i], ">=") << bits * i)
+            words[g] = -word
+
+    return find
+
+
+@cache
+def end_finder(bits: int):
+    """Return find(v, limits, words): `finder` after the second half of a transform."""
+
+    @on_lanes(LANES, "limits")
+    def find(v: Lanes, limits: Tables, words: Lanes) -> None:
+        word: list = [None] * GROUPS
+        for j in range(8):
+            for k, y in _second_half(v, j):
+                code = limits.search(bits, y, ">=") << bits * j
+                word[k // 8] = word[k // 8] + code if j else code
+        for g in range(GROUPS):
+            words[g] = -word[g]
+
+    return find
+
+
+@cache
+def expander(bits: int, transformed: bool):
+    """Return expand(words, levels, v): lanes v are the levels of words.
+
+    levels is a `level_table`; if transformed, the first half of a transform is done too.
+    """
+
+    @on_lanes(LANES, "levels")
+    def expand(words: Lanes, levels: Tables, v: Lanes) -> None:
+        word = [words[g] for g in range(GROUPS)]
+
+        def level(j):
+            return levels.look_up_level(bits, word[j // 8] >> bits * (j % 8))
+
+        if transformed:
+            _first_half(v, level)
+        else:
+            for j in range(QK):
+                v[j] = level(j)
+
+    return expand
+
+
+# --- blocks in memory ----------------------------------------------------------------------------
+
+
+@on_lanes(LANES)
+def widen(half: Lanes, d: Lanes) -> None:
+    """Set d (LANES,) to the values of binary16 bits, int32; see `tbq.kernels.numerics`."""
+    sign, magnitude = (half[0] & 0x8000) << 16, (half[0] & 0x7FFF) << 13
+    scaled = (magnitude.floats() * 2.0**112).bits()
+    special = magnitude >= 0x0F800000  # infinity or NaN
+    d[0] = (special.where(magnitude | 0x7F800000, scaled) | sign).floats()
+
+
+@on_lanes(LANES)
+def correct(norm: Lanes, reconstructed: Lanes, half: Lanes) -> None:
+    """Set half (LANES,) to the binary16 bits of the scales that keep the norms of blocks.
+
+    A norm below TINY is stored as it is; see `tbq.kernels.numerics.corrected_scale`.
+    """
+    n, r = norm[0], reconstructed[0]
+    alive = n.not_below(float(TINY))
+    half[0] = narrow((r > float(TINY)).where(alive.where(n / r, n), n))
+
+
+def narrow(x: Vector) -> Vector:
+    """Return the binary16 bits of floats as int32; see `tbq.numerics.fp16_bits`."""
+    sign, magnitude = x.bits().unsigned_shift(16) & 0x8000, x.bits() & 0x7FFFFFFF
+    shifted = (magnitude.floats() + 0.5).bits() - 0x3F000000  # rounds to what is subnormal
+    odd = magnitude.unsigned_shift(13) & 1
+    rebiased = (magnitude - 0x38000000 + 0xFFF + odd).unsigned_shift(13)
+    half = (magnitude >= 0x38800000).where(rebiased, shifted)
+    infinite = magnitude * 0 + 0x7C00
+    half = (magnitude >= 0x477FF000).where(infinite, half)
+    return (magnitude > 0x7F800000).where(infinite + 0x200, half) | sign
 
 
 @jit
-def fwht(v, scale):
-    """Transform each lane of v: butterflies of length 1 to 16, then times scale."""
-    n = LANES
-    for start in range(0, SIZE, 8 * n):  # lengths 1, 2 and 4
-        for k in range(start, start + n):
-            p0, p1, p2, p3 = _hadamard4(v[k], v[k + n], v[k + 2 * n], v[k + 3 * n])
-            m = k + 4 * n
-            q0, q1, q2, q3 = _hadamard4(v[m], v[m + n], v[m + 2 * n], v[m + 3 * n])
-            v[k], v[k + n], v[k + 2 * n], v[k + 3 * n] = p0 + q0, p1 + q1, p2 + q2, p3 + q3
-            v[m], v[m + n], v[m + 2 * n], v[m + 3 * n] = p0 - q0, p1 - q1, p2 - q2, p3 - q3
-    n = 8 * LANES
-    for k in range(n):  # lengths 8 and 16
-        a, b, c, d = _hadamard4(v[k], v[k + n], v[k + 2 * n], v[k + 3 * n])
-        v[k], v[k + n], v[k + 2 * n], v[k + 3 * n] = a * scale, b * scale, c * scale, d * scale
+def store_half(half, out, at):
+    """Write two bytes to out[at : at + 2], low byte first."""
+    out[at], out[at + 1] = np.uint8(half & 0xFF), np.uint8(half >> 8)
 
 
 @jit
-def count_above(v, limits, codes):
-    """Set codes, int32 like v, to how many limits are not above each value."""
-    for k in range(SIZE):
-        r, code = v[k], I32(0)
-        for limit in limits:
-            code += I32(1) if r >= limit else I32(0)
-        codes[k] = code
+def load_half(data, at):
+    """Return the two bytes data[at : at + 2], low byte first."""
+    return I32(I32(data[at]) | I32(I32(data[at + 1]) << I32(8)))
 
 
 @jit
@@ -129,76 +296,30 @@ def store_word(word, out, at):
         out[at + k] = np.uint8((word >> (8 * k)) & 0xFF)
 
 
-def _packing(bits: int):
-    """Return the loops over words of eight codes of so many bits, as constants: they unroll."""
-
-    @jit
-    def pack(codes, words):
-        for g in range(4):
-            for lane in range(LANES):
-                word, k = I32(0), 8 * g * LANES + lane
-                for i in range(8):
-                    word |= codes[k + i * LANES] << (bits * i)
-                words[g * LANES + lane] = word
+@cache
+def code_loader(bits: int):
+    """Return load_codes(block, words, lane): a lane of words is a block's codes, from byte 2 on."""
 
     @jit
     def load_codes(block, words, lane):
-        for g in range(4):
+        for g in range(GROUPS):
             word = I32(0)
             for k in range(bits):
                 word |= I32(block[2 + bits * g + k]) << I32(8 * k)
             words[g * LANES + lane] = word
 
+    return load_codes
+
+
+@cache
+def code_storer(bits: int):
+    """Return store_codes(words, lane, block), which does the opposite."""
+
     @jit
     def store_codes(words, lane, block):
-        for g in range(4):
+        for g in range(GROUPS):
             word = words[g * LANES + lane]
             for k in range(bits):
                 block[2 + bits * g + k] = np.uint8((word >> (8 * k)) & 0xFF)
 
-    return pack, load_codes, store_codes
-
-
-_pack1, _load1, _store1 = _packing(1)
-_pack2, _load2, _store2 = _packing(2)
-_pack3, _load3, _store3 = _packing(3)
-_pack4, _load4, _store4 = _packing(4)
-
-
-@jit
-def pack(codes, bits, words):
-    """Pack codes (SIZE,) int32 of 1 to 4 bits into words (WORDS,) of eight codes each."""
-    if bits == 1:
-        _pack1(codes, words)
-    elif bits == 2:
-        _pack2(codes, words)
-    elif bits == 3:
-        _pack3(codes, words)
-    else:
-        _pack4(codes, words)
-
-
-@jit
-def load_codes(block, bits, words, lane):
-    """Set a lane of words (WORDS,) to the codes of a block, which start at byte 2."""
-    if bits == 1:
-        _load1(block, words, lane)
-    elif bits == 2:
-        _load2(block, words, lane)
-    elif bits == 3:
-        _load3(block, words, lane)
-    else:
-        _load4(block, words, lane)
-
-
-@jit
-def store_codes(words, lane, bits, block):
-    """Write a lane of words (WORDS,) to the codes of a block, which start at byte 2."""
-    if bits == 1:
-        _store1(words, lane, block)
-    elif bits == 2:
-        _store2(words, lane, block)
-    elif bits == 3:
-        _store3(words, lane, block)
-    else:
-        _store4(words, lane, block)
+    return store_codes

@@ -5,15 +5,18 @@ Sixteen groups lie side by side, so that the few values that a rotation mixes ar
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from tbq.codec import RowKernels
 from tbq.families.planar import ROTATIONS, RotatedParts, inverse
 from tbq.kernels import rotated
 from tbq.kernels.compile import jit
-from tbq.kernels.mirrored import upper_levels
+from tbq.kernels.lanes import load, store
 from tbq.kernels.numerics import store_fp16
-from tbq.kernels.rotated import GROUP, LANES, ORDERS, SIZE, SPLIT, STREAM4, TILE, WORDS, ZERO, Plan
+from tbq.kernels.rotated import GROUP, LANES, ORDERS, SIZE, SPLIT, STREAM4, WORDS, ZERO, Plan
+from tbq.kernels.simd import level_table, search_table
 from tbq.nearest import absolute, thresholds
 
 N = LANES
@@ -49,35 +52,48 @@ def _turn(v, rotations):
         _turn_fours(v, rotations)
 
 
-@jit
-def _quantize(x, plan, rotations, kind, packed):
-    """Quantise x (n, 128) to packed (n, bytes of a block)."""
-    v, s = np.empty(SIZE, np.float32), np.empty(SIZE, np.float32)
-    codes, words = np.empty(SIZE, np.int32), np.empty(WORDS * LANES, np.int32)
-    norm, scratch = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    tile = np.empty(TILE, np.float32)
-    for start in range(0, x.shape[0], LANES):
-        count = min(LANES, x.shape[0] - start)
-        rotated.load(x, start, count, v)
-        rotated.norms(v, plan.order, s, norm)
-        rotated.normalise(v, norm, plan, scratch, tile)
-        _turn(v, rotations)
-        rotated.choose_lower(v, plan.edges, plan.squares, plan.first_square, codes, s)
-        rotated.correct(norm, plan.order, s, scratch)
-        rotated.write(codes, start, count, kind, plan.places, words, packed)
-        for lane in range(count):
-            store_fp16(norm[lane], packed[start + lane], 0)
+@cache
+def _quantizer(kind: int, bits: int, order: int):
+    norms, correct = rotated.norming(order), rotated.correcting(order)
+    choose, write = rotated.chooser(bits, ">"), rotated.writer(kind)
+
+    @jit
+    def quantize(x, plan, rotations, packed):
+        """Quantise x (n, 128) to packed (n, bytes of a block)."""
+        v, s = np.empty(SIZE, np.float32), np.empty(SIZE, np.float32)
+        codes, words = np.empty(SIZE, np.int32), np.empty(WORDS * LANES, np.int32)
+        norm, scratch = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+        kept = np.empty(LANES, np.int32)
+        for start in range(0, x.shape[0], LANES):
+            count = min(LANES, x.shape[0] - start)
+            load(x, start, count, v)
+            norms(v, norm)
+            rotated.normalise(v, norm, plan, scratch, kept)
+            _turn(v, rotations)
+            choose(v, plan.edges, plan.squares, codes, s)
+            correct(norm, s, scratch)
+            write(codes, start, count, plan.places, words, packed)
+            for lane in range(count):
+                store_fp16(norm[lane], packed[start + lane], 0)
+
+    return quantize
 
 
-@jit
-def _restore(packed, kind, places, scales, upper, rotations, y):
-    """Set y (n, 128) to the centroids, rotated, times norm."""
-    v, words = np.empty(SIZE, np.float32), np.zeros(WORDS * LANES, np.int32)
-    for start in range(0, packed.shape[0], LANES):
-        count = min(LANES, packed.shape[0] - start)
-        rotated.read(packed, start, count, kind, places, upper, words, v)
-        _turn(v, rotations)
-        rotated.store_scaled(v, start, count, packed, scales, y)
+@cache
+def _restorer(kind: int):
+    read = rotated.reader(kind)
+
+    @jit
+    def restore(packed, places, scales, table, rotations, y):
+        """Set y (n, 128) to the centroids, rotated, times norm."""
+        v, words = np.empty(SIZE, np.float32), np.zeros(WORDS * LANES, np.int32)
+        for start in range(0, packed.shape[0], LANES):
+            count = min(LANES, packed.shape[0] - start)
+            read(packed, start, count, places, table, words, v)
+            _turn(v, rotations)
+            rotated.store_scaled(v, start, count, packed, scales, y)
+
+    return restore
 
 
 @jit
@@ -85,9 +101,9 @@ def _rotate(x, rotations):
     v = np.empty(SIZE, np.float32)
     for start in range(0, x.shape[0], LANES):
         count = min(LANES, x.shape[0] - start)
-        rotated.load(x, start, count, v)
+        load(x, start, count, v)
         _turn(v, rotations)
-        rotated.store(v, start, count, x)
+        store(v, start, count, x)
 
 
 def _edges(codec: RotatedParts) -> np.ndarray:
@@ -99,20 +115,18 @@ def _edges(codec: RotatedParts) -> np.ndarray:
 def _plan(codec: RotatedParts) -> Plan:
     ones = np.ones(GROUP, np.float32)
     plan = {
-        "order": ORDERS[codec.total],
         "divides": False,
         "floor": ZERO,
         "corrected": True,
         "clears_nan": False,
         "before": rotated.in_lanes(ones),
-        "after": ones,
-        "upper": False,
+        "after": rotated.in_lanes(ones),
         "scales": rotated.scale_places(codec),
         "places": rotated.stored(codec, *codec.layout.codes),
         "zeros": rotated.zero_places(codec),
     }
-    edges = {"edges": rotated.halves(_edges(codec))}
-    return Plan(**plan | rotated.split_cells(codec.cells) | edges)
+    edges = {"edges": search_table(_edges(codec))}
+    return Plan(**plan | rotated.cell_tables(codec.cells) | edges)
 
 
 def kernels(codec: RotatedParts) -> RowKernels:
@@ -122,21 +136,22 @@ def kernels(codec: RotatedParts) -> RowKernels:
         raise NotImplementedError("kernels rotate forward and correct norms; others are mutants")
     size, plan = codec.block_bytes, _plan(codec)
     kind = SPLIT if codec.cells.bits == 3 else STREAM4
-    pairs = rotated.pair_table(codec.cells.levels, kind)
-    upper = upper_levels(codec.cells.levels)
+    table = level_table(codec.cells.levels)
+    encode = _quantizer(kind, codec.cells.bits, ORDERS[codec.total])
+    read, decode = rotated.leveller(kind), _restorer(kind)
     forward = np.ascontiguousarray(ROTATIONS[codec.kind])
     back = np.ascontiguousarray(inverse(forward))
 
     def quantize(x, packed, first):
-        _quantize(x.reshape(-1, GROUP), plan, forward, kind, packed.reshape(-1, size))
+        encode(x.reshape(-1, GROUP), plan, forward, packed.reshape(-1, size))
 
     def dequantize(packed, y):
         blocks, values = packed.reshape(-1, size), y.reshape(-1, GROUP)
-        _restore(blocks, kind, plan.places, plan.scales, upper, back, values)
+        decode(blocks, plan.places, plan.scales, table, back, values)
 
     def levels(packed, y):
         blocks, values = packed.reshape(-1, size), y.reshape(-1, GROUP)
-        rotated.levels(blocks, kind, plan.places, plan.scales, pairs, values)
+        read(blocks, plan.places, plan.scales, table, values)
 
     def rotate(x, blocks):
         _rotate(x, forward)

@@ -8,17 +8,16 @@ from __future__ import annotations
 import numpy as np
 
 from tbq.codec import RowKernels
-from tbq.families.tq3 import QK, SCALE, PeakCells
+from tbq.families.tq3 import QK, PeakCells
 from tbq.kernels.compile import jit
-from tbq.kernels.lanes import LANES, ONE, SIZE, WORDS, ZERO, fwht, load, store
-from tbq.kernels.lanes import pack as pack_lanes
+from tbq.kernels.lanes import LANES, ONE, SIZE, WORDS, ZERO, fwht, load, packer, store
 from tbq.kernels.numerics import load_fp16, store_fp16
 from tbq.numerics import word_signs
 
-FACTOR = np.float32(SCALE)
 HIGH, GAMMA = 8, 12  # where fields start
 GROUPS = 4  # of eight codes
 ZERO_CODE, ONE_CODE = np.int32(0), np.int32(1)
+_pack1, _pack2 = packer(1), packer(2)
 
 
 @jit
@@ -78,12 +77,12 @@ def _quantize(x, signs, edges, levels, splits, packed):
         count = min(LANES, x.shape[0] - start)
         load(x, start, count, v)
         _give_signs(v, signs)
-        fwht(v, FACTOR)
+        fwht(v)
         _scales(v, levels[-1], d, inverse)
         _choose(v, inverse, edges, codes)
         _split(v, d, levels, splits, codes, bits)
-        pack_lanes(codes, 2, low)
-        pack_lanes(bits, 1, high)
+        _pack2(codes, low)
+        _pack1(bits, high)
         for lane in range(count):
             out = packed[start + lane]
             for g in range(GROUPS):
@@ -116,7 +115,7 @@ def _rotate(x, before, after):
         count = min(LANES, x.shape[0] - start)
         load(x, start, count, v)
         _give_signs(v, before)
-        fwht(v, FACTOR)
+        fwht(v)
         _give_signs(v, after)
         store(v, start, count, x)
 

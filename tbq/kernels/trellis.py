@@ -34,6 +34,7 @@ from tbq.families.trellis import (
 )
 from tbq.kernels.compile import jit
 from tbq.kernels.numerics import corrected_scale, load_fp16, store_fp16
+from tbq.kernels.transpose import SIDE, transpose4, transpose8
 
 ONE = np.float32(1.0)
 HEAD = 4  # bytes of d and start
@@ -44,11 +45,11 @@ CODE_PAD, MINIMA_PAD = 80, 16
 
 
 def _make_step(bits: int):
-    """Return the two inner loops of the search with K as a constant, so that they unroll."""
+    """Return the two halves of a step of the search with K as a constant, so that loops unroll."""
     fan, groups = 1 << bits, STATES >> bits
     heads = groups // fan  # groups whose states share their top K bits
     code_stride, stride = groups + CODE_PAD, heads + MINIMA_PAD
-    width = min(heads, 1024)
+    width = 256
 
     @jit
     def minimise(u, by_branch, spread, minima):
@@ -65,9 +66,12 @@ def _make_step(bits: int):
 
     @jit
     def reorder(minima, spread):
-        for h in range(heads):
-            for j in range(fan):
-                spread[j * stride + h] = minima[h * fan + j]
+        for h in range(0, heads, SIDE):
+            if fan == 4:
+                transpose4(minima, h * fan, fan, spread, h, stride)
+            else:
+                for j in range(0, fan, SIDE):
+                    transpose8(minima, h * fan + j, fan, spread, j * stride + h, stride)
 
     return minimise, reorder
 
@@ -203,15 +207,26 @@ class _Scratch(threading.local):
     """The scratch of each thread, kept between calls, so that its pages are touched only once."""
 
     def __init__(self) -> None:
-        self.by_bits: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self.by_bits: dict[int, tuple[np.ndarray, ...]] = {}
 
-    def get(self, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def get(self, bits: int) -> tuple[np.ndarray, ...]:
         if bits not in self.by_bits:
             self.by_bits[bits] = make_scratch(bits)
         return self.by_bits[bits]
 
 
 _scratch = _Scratch()
+
+
+@jit
+def _sort(places):
+    """Sort a few numbers by insertion: NumPy's sort takes a second to compile."""
+    for k in range(1, places.size):
+        own, i = places[k], k
+        while i > 0 and places[i - 1] > own:
+            places[i] = places[i - 1]
+            i -= 1
+        places[i] = own
 
 
 @jit
@@ -230,7 +245,7 @@ def pick_outliers(x, picked):
             break
         picked[found] = best
         found += 1
-    picked[:found].sort()
+    _sort(picked[:found])
     return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from tbq.cells import Cells
@@ -19,7 +21,6 @@ from tbq.families.turbo import (
 )
 from tbq.kernels import rotated
 from tbq.kernels.compile import jit
-from tbq.kernels.mirrored import upper_levels
 from tbq.kernels.numerics import load_fp16, store_fp16
 from tbq.kernels.rotated import (
     GROUP,
@@ -31,17 +32,18 @@ from tbq.kernels.rotated import (
     SPLIT,
     STREAM3,
     STREAMS,
-    TILE,
     TINY,
     WORDS,
     ZERO,
     Plan,
 )
+from tbq.kernels.simd import level_table
 from tbq.numerics import word_signs
 
 HALF_STEPS, TOP = np.float32(127.5), np.float32(255.0)
 ORDERED = ORDERS["ordered"]
-SIGN_PAIRS = rotated.pair_table(np.array([-1, 1], np.float32), STREAM3)
+UPWARD = "not <"  # a value on a boundary, or NaN, goes up
+SIGN_LEVELS = level_table(np.array([-1, 1], np.float32))
 
 
 def _forward(rotation: Rotation) -> tuple[np.ndarray, np.ndarray]:
@@ -49,7 +51,7 @@ def _forward(rotation: Rotation) -> tuple[np.ndarray, np.ndarray]:
     if rotation.width != GROUP:
         raise NotImplementedError("kernels rotate 128 values; other widths are mutants")
     before = rotated.in_lanes(word_signs(rotation.before))
-    return before, word_signs(rotation.after) * np.float32(rotation.scale)
+    return before, rotated.in_lanes(word_signs(rotation.after) * np.float32(rotation.scale))
 
 
 def _inverse(rotation: Rotation) -> tuple[np.ndarray, np.ndarray]:
@@ -61,19 +63,17 @@ def _inverse(rotation: Rotation) -> tuple[np.ndarray, np.ndarray]:
 def _plan(codec: Codec, cells: Cells, places: np.ndarray, **fields) -> Plan:
     before, after = _forward(codec.rotation)
     plan = {
-        "order": ORDERED,
         "divides": False,
         "floor": ZERO,
         "corrected": True,
         "clears_nan": False,
         "before": before,
         "after": after,
-        "upper": True,
         "scales": rotated.scale_places(codec),
         "places": places,
         "zeros": rotated.zero_places(codec),
     }
-    return Plan(**plan | rotated.split_cells(cells) | fields)
+    return Plan(**plan | rotated.cell_tables(cells) | fields)
 
 
 def kernels(codec: Codec) -> RowKernels:
@@ -91,35 +91,38 @@ def _cells(codec: RotatedCells) -> RowKernels:
         codec,
         codec.cells,
         rotated.stored(codec, *codec.layout.codes),
-        order=ORDERS[codec.total],
         corrected=codec.corrected,
         clears_nan=codec.clears_nan,
     )
-    return _row_kernels(codec, plan, kind, kind, codec.cells)
+    order = ORDERS[codec.total]
+    return _row_kernels(codec, plan, order, kind, kind, codec.cells)
 
 
 def _overwritten(codec: OverwrittenCodes) -> RowKernels:
     # r exceeds 1e-10 whatever the codes are
     plan = _plan(codec, THREE_UNIT, rotated.stored(codec, "qs"), divides=True, floor=TINY)
-    return _row_kernels(codec, plan, OVERWRITTEN, STREAM3, THREE_UNIT)
+    return _row_kernels(codec, plan, ORDERED, OVERWRITTEN, STREAM3, THREE_UNIT)
 
 
-def _row_kernels(codec: Codec, plan: Plan, written: int, read: int, cells: Cells) -> RowKernels:
+def _row_kernels(
+    codec: Codec, plan: Plan, order: int, written: int, read: int, cells: Cells
+) -> RowKernels:
     """Return kernels for codes that are packed as words of one kind and unpacked as another."""
     size = codec.block_bytes * codec.group_blocks
-    where, pairs = (plan.places, plan.scales), rotated.pair_table(cells.levels, read)
-    upper = upper_levels(cells.levels)
+    where, table = (plan.places, plan.scales), level_table(cells.levels)
     back = _inverse(codec.rotation)
+    encode = rotated.quantizer(written, cells.bits, UPWARD, order)
+    read_levels, decode = rotated.leveller(read), rotated.restorer(read)
 
     def quantize(x, packed, first):
-        rotated.quantize(x.reshape(-1, GROUP), plan, written, packed.reshape(-1, size))
+        encode(x.reshape(-1, GROUP), plan, packed.reshape(-1, size))
 
     def levels(packed, y):
-        rotated.levels(packed.reshape(-1, size), read, *where, pairs, y.reshape(-1, GROUP))
+        read_levels(packed.reshape(-1, size), *where, table, y.reshape(-1, GROUP))
 
     def restore(packed, y):
         blocks, values = packed.reshape(-1, size), y.reshape(-1, GROUP)
-        rotated.restore(blocks, read, *where, upper, *back, values)
+        decode(blocks, *where, table, *back, values)
 
     dequantize = levels if codec.gives == "rotated" else restore
     return RowKernels(quantize, dequantize, levels, *_rotations(codec.rotation), restore)
@@ -140,36 +143,40 @@ def _rotations(rotation: Rotation):
 # --- turbo8 --------------------------------------------------------------------------------------
 
 
-@jit
-def _quantize_grid(x, plan, peaked, packed):
-    v, s = np.empty(SIZE, np.float32), np.empty(SIZE, np.float32)
-    norm, peak = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    inverse, codes = np.empty(LANES, np.float32), np.empty(SIZE, np.int32)
-    tile = np.empty(TILE, np.float32)
-    for start in range(0, x.shape[0], LANES):
-        count = min(LANES, x.shape[0] - start)
-        rotated.load(x, start, count, v)
-        rotated.norms(v, plan.order, s, norm)
-        rotated.normalise(v, norm, plan, peak, tile)
-        rotated.fwht(v, plan.after)
-        peak[:] = TINY
-        for j in range(GROUP):
-            for lane in range(LANES):
-                size = abs(v[j * LANES + lane])
-                peak[lane] = size if size > peak[lane] else peak[lane]
-        for lane in range(LANES):
-            inverse[lane] = ONE / peak[lane]
-        for j in range(GROUP):
-            for lane in range(LANES):
-                k = j * LANES + lane
-                steps = np.rint((v[k] * inverse[lane]) * HALF_STEPS + HALF_STEPS)
-                steps = steps if steps > ZERO else ZERO  # NaN too
-                codes[k] = np.int32(steps if steps < TOP else TOP)
-        for lane in range(count):
-            out = packed[start + lane]
-            store_fp16(norm[lane] * peak[lane] if peaked else norm[lane], out, 0)
+@cache
+def _grid_quantizer(order: int):
+    norms = rotated.norming(order)
+
+    @jit
+    def quantize(x, plan, peaked, packed):
+        v, kept = np.empty(SIZE, np.float32), np.empty(LANES, np.int32)
+        norm, peak = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+        inverse, codes = np.empty(LANES, np.float32), np.empty(SIZE, np.int32)
+        for start in range(0, x.shape[0], LANES):
+            count = min(LANES, x.shape[0] - start)
+            rotated.load(x, start, count, v)
+            norms(v, norm)
+            rotated.turn(v, norm, plan, peak, kept)
+            peak[:] = TINY
             for j in range(GROUP):
-                out[2 + j] = np.uint8(codes[j * LANES + lane])
+                for lane in range(LANES):
+                    size = abs(v[j * LANES + lane])
+                    peak[lane] = size if size > peak[lane] else peak[lane]
+            for lane in range(LANES):
+                inverse[lane] = ONE / peak[lane]
+            for j in range(GROUP):
+                for lane in range(LANES):
+                    k = j * LANES + lane
+                    steps = np.rint((v[k] * inverse[lane]) * HALF_STEPS + HALF_STEPS)
+                    steps = steps if steps > ZERO else ZERO  # NaN too
+                    codes[k] = np.int32(steps if steps < TOP else TOP)
+            for lane in range(count):
+                out = packed[start + lane]
+                store_fp16(norm[lane] * peak[lane] if peaked else norm[lane], out, 0)
+                for j in range(GROUP):
+                    out[2 + j] = np.uint8(codes[j * LANES + lane])
+
+    return quantize
 
 
 @jit
@@ -190,12 +197,12 @@ def _restore_grid(packed, table, scales, before, after, y):
 
 def _grid(codec: RotatedGrid) -> RowKernels:
     size, table = codec.block_bytes, grid()
-    plan = _plan(codec, THREE, rotated.stored(codec, "qs"), order=ORDERS[codec.total])
-    back = _inverse(codec.rotation)
+    plan = _plan(codec, THREE, rotated.stored(codec, "qs"))
+    back, encode = _inverse(codec.rotation), _grid_quantizer(ORDERS[codec.total])
 
     def quantize(x, packed, first):
         blocks = packed.reshape(-1, size)
-        _quantize_grid(x.reshape(-1, GROUP), plan, codec.peaked, blocks)
+        encode(x.reshape(-1, GROUP), plan, codec.peaked, blocks)
 
     def levels(packed, y):
         _levels_grid(packed.reshape(-1, size), table, y.reshape(-1, GROUP))
@@ -210,28 +217,33 @@ def _grid(codec: RotatedGrid) -> RowKernels:
 # --- turbo4 of March 2026 ------------------------------------------------------------------------
 
 
+_norms, _correct = rotated.norming(ORDERED), rotated.correcting(ORDERED)
+_choose, _write = rotated.chooser(3, UPWARD), rotated.writer(STREAM3)
+_read_row, _read_signs = rotated.row_reader(STREAM3), rotated.code_reader(1)
+
+
 @jit
-def _quantize_residual(x, plan, values, before, after, packed):
-    """Quantise x (n, 128); values are centroids by cell, before and after of the residual."""
+def _quantize_residual(x, plan, table, before, after, packed):
+    """Quantise x (n, 128); table has the centroids, before and after are of the residual."""
     v, c, s = np.empty(SIZE, np.float32), np.empty(SIZE, np.float32), np.empty(SIZE, np.float32)
     unit, codes = np.empty(SIZE, np.float32), np.empty(SIZE, np.int32)
     words = np.empty(WORDS * LANES, np.int32)
     norm, scratch = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    rnorm, tile = np.empty(LANES, np.float32), np.empty(TILE, np.float32)
-    above, lowest = values
+    rnorm, kept = np.empty(LANES, np.float32), np.empty(LANES, np.int32)
     for start in range(0, x.shape[0], LANES):
         count = min(LANES, x.shape[0] - start)
         rotated.load(x, start, count, v)
-        rotated.norms(v, plan.order, s, norm)
-        rotated.normalise(v, norm, plan, scratch, tile)
-        unit[:] = v
+        _norms(v, norm)
+        rotated.normalise(v, norm, plan, scratch, kept)
+        for k in range(SIZE):
+            unit[k] = v[k]
         rotated.give_signs(unit, plan.before)  # twice the same signs
         rotated.fwht(v, plan.after)
-        rotated.choose_upper(v, plan.edges, above, lowest, codes, c)
-        rotated.write(codes, start, count, STREAM3, plan.places, words, packed)
+        _choose(v, plan.edges, table, codes, c)
+        _write(codes, start, count, plan.places, words, packed)
         for k in range(SIZE):
             v[k] = unit[k] - c[k]
-        rotated.norms(v, plan.order, s, rnorm)
+        _norms(v, rnorm)
         rotated.give_signs(v, before)
         rotated.fwht(v, after)
         for j in range(GROUP):
@@ -240,7 +252,7 @@ def _quantize_residual(x, plan, values, before, after, packed):
                 shift = QJL * rnorm[lane]
                 moved = c[k] + (shift if v[k] >= ZERO else -shift)
                 s[k] = moved * moved
-        rotated.correct(norm, plan.order, s, scratch)
+        _correct(norm, s, scratch)
         for lane in range(count):
             out = packed[start + lane]
             store_fp16(norm[lane], out, 0)
@@ -253,29 +265,30 @@ def _quantize_residual(x, plan, values, before, after, packed):
 
 
 @jit
-def _moved(block, places, pairs, e, out):
+def _moved(block, places, tables, e, out):
     """Set out (128,) to the centroids of a block, moved by the residual's share; e is scratch."""
-    rotated.expand(block, STREAM3, places, pairs, 0, WORDS, ONE, out)
-    rotated.read_codes(block[52:], 1, SIGN_PAIRS, QJL * load_fp16(block, 2), e)
+    levels, signs = tables
+    _read_row(block, places, levels, 0, WORDS, ONE, out, 0)
+    _read_signs(block[52:], signs, QJL * load_fp16(block, 2), e)
     for j in range(GROUP):
         out[j] += e[j]
 
 
 @jit
-def _levels_residual(packed, places, pairs, y):
+def _levels_residual(packed, places, tables, y):
     e = np.empty(GROUP, np.float32)
     for b in range(packed.shape[0]):
-        _moved(packed[b], places, pairs, e, y[b])
+        _moved(packed[b], places, tables, e, y[b])
         norm = load_fp16(packed[b], 0)
         for j in range(GROUP):
             y[b, j] *= norm
 
 
 @jit
-def _restore_residual(packed, places, pairs, scales, before, after, y):
+def _restore_residual(packed, places, tables, scales, before, after, y):
     e = np.empty(GROUP, np.float32)
     for b in range(packed.shape[0]):
-        _moved(packed[b], places, pairs, e, y[b])
+        _moved(packed[b], places, tables, e, y[b])
     rotated.rotate_and_scale(packed, scales, before, after, y)
 
 
@@ -283,19 +296,19 @@ def _residual(codec: ResidualSigns) -> RowKernels:
     size = codec.block_bytes
     places = rotated.stored(codec, "qs")
     plan = _plan(codec, THREE, places)
-    centroids = (rotated.halves(THREE.levels[1:]), THREE.levels[0])
     residual, back = _forward(codec.residual), _inverse(codec.rotation)
-    pairs = rotated.pair_table(THREE.levels, STREAM3)
+    table = level_table(THREE.levels)
+    tables = (table, SIGN_LEVELS)
 
     def quantize(x, packed, first):
         blocks = packed.reshape(-1, size)
-        _quantize_residual(x.reshape(-1, GROUP), plan, centroids, *residual, blocks)
+        _quantize_residual(x.reshape(-1, GROUP), plan, table, *residual, blocks)
 
     def levels(packed, y):
-        _levels_residual(packed.reshape(-1, size), places, pairs, y.reshape(-1, GROUP))
+        _levels_residual(packed.reshape(-1, size), places, tables, y.reshape(-1, GROUP))
 
     def restore(packed, y):
         blocks, values = packed.reshape(-1, size), y.reshape(-1, GROUP)
-        _restore_residual(blocks, places, pairs, plan.scales, *back, values)
+        _restore_residual(blocks, places, tables, plan.scales, *back, values)
 
     return RowKernels(quantize, levels, levels, *_rotations(codec.rotation), restore)

@@ -16,9 +16,9 @@ import numpy as np
 
 from tbq.codec import RowKernels
 from tbq.families.turbo_cpu import EDGES, GROUP, LEVELS, DenseCells, matrix
-from tbq.kernels import rotated
 from tbq.kernels.compile import jit
 from tbq.kernels.dense import tiles
+from tbq.kernels.lanes import load
 from tbq.kernels.numerics import load_fp16, store_fp16
 from tbq.kernels.pr21089 import PAIR, rotate_pair
 from tbq.kernels.rotated import (
@@ -30,11 +30,14 @@ from tbq.kernels.rotated import (
     TINY,
     ZERO,
     ZERO_CODE,
-    choose_upper,
-    halves,
+    chooser,
+    correcting,
+    norming,
 )
+from tbq.kernels.simd import level_table, search_table
 
-ORDERED = ORDERS["ordered"]
+_norms, _divide_by_root = norming(ORDERS["ordered"]), correcting(ORDERS["ordered"])
+_choose4 = chooser(4, "not <")
 STEPS = 1024
 STEP_SCALE, STEP_ORIGIN = np.float32(1500.0), np.float32(STEPS / 2)
 LAST_STEP = np.float32(STEPS - 1)
@@ -76,10 +79,10 @@ def _multiply(m, x, y):
 
 
 @jit
-def _unit_rows(x, start, count, v, s, norm, rows):
+def _unit_rows(x, start, count, v, norm, rows):
     """Set rows (LANES, 128) to unit vectors, zeros for norms that are tiny or NaN."""
-    rotated.load(x, start, count, v)
-    rotated.norms(v, ORDERED, s, norm)
+    load(x, start, count, v)
+    _norms(v, norm)
     for lane in range(LANES):
         live = norm[lane] > TINY
         inverse = ONE / norm[lane]
@@ -90,30 +93,31 @@ def _unit_rows(x, start, count, v, s, norm, rows):
 @jit
 def _correct(c, v, norm, scratch):
     """Divide norm (LANES,) by the norms of centroids c (LANES, 128)."""
-    rotated.load(c, 0, LANES, v)
+    load(c, 0, LANES, v)
     for k in range(SIZE):
         v[k] *= v[k]
-    rotated.correct(norm, ORDERED, v, scratch)
+    _divide_by_root(norm, v, scratch)
 
 
 @jit
 def _quantize(x, forward, cells, starts, edges, table, bits, corrected, packed):
-    """Quantise x (n, 128); cells are what `choose_upper` takes for 4 bits, the rest is for 8."""
+    """Quantise x (n, 128); cells are what `_choose4` takes, the rest is for 8."""
     v, s = np.empty(SIZE, np.float32), np.empty(SIZE, np.float32)
     rows, turned = np.empty((LANES, GROUP), np.float32), np.empty(SIZE, np.float32)
     codes, steps = np.empty(SIZE, np.int32), np.empty(SIZE, np.int32)
     norm, scratch = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     for start in range(0, x.shape[0], LANES):
         count = min(LANES, x.shape[0] - start)
-        _unit_rows(x, start, count, v, s, norm, rows)
+        _unit_rows(x, start, count, v, norm, rows)
         _multiply(forward, rows.reshape(SIZE), turned)
         if bits == 8:
             _choose(turned, starts, edges, steps, codes)
             for k in range(SIZE):
                 turned[k] = table[codes[k]]
         else:
-            choose_upper(turned, cells[0], cells[1], table[0], codes, s)
-            turned[:] = s
+            _choose4(turned, cells[0], cells[1], codes, s)
+            for k in range(SIZE):
+                turned[k] = s[k]
         if corrected:
             _correct(turned.reshape(LANES, GROUP), v, norm, scratch)
         for lane in range(count):
@@ -150,7 +154,8 @@ def _dequantize(packed, m, turns, table, bits, y):
         if turns:
             _multiply(m, c, turned)
         else:
-            turned[:] = c
+            for k in range(SIZE):
+                turned[k] = c[k]
         for lane in range(count):
             norm = load_fp16(packed[start + lane], 0)
             for j in range(GROUP):
@@ -163,10 +168,12 @@ def _rotate(m, x):
     for start in range(0, x.shape[0], LANES):
         count = min(LANES, x.shape[0] - start)
         for lane in range(count):
-            rows[lane * GROUP : (lane + 1) * GROUP] = x[start + lane]
+            for j in range(GROUP):
+                rows[lane * GROUP + j] = x[start + lane, j]
         _multiply(m, rows, turned)
         for lane in range(count):
-            x[start + lane] = turned[lane * GROUP : (lane + 1) * GROUP]
+            for j in range(GROUP):
+                x[start + lane, j] = turned[lane * GROUP + j]
 
 
 def kernels(codec: DenseCells) -> RowKernels:
@@ -175,7 +182,7 @@ def kernels(codec: DenseCells) -> RowKernels:
         raise NotImplementedError("kernels have the right matrix; others are mutants")
     bits, size = codec.bits, codec.block_bytes
     table, edges, starts = LEVELS[bits], np.append(EDGES[8], np.float32(np.nan)), step_starts()
-    cells = (halves(EDGES[4]), halves(LEVELS[4][1:]))
+    cells = (search_table(EDGES[4]), level_table(LEVELS[4]))
     forward, back = tiles(matrix()), tiles(matrix().T)
 
     def quantize(x, packed, first):

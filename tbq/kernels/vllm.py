@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from tbq.codec import Codec, RowKernels
 from tbq.families.vllm import HEAD, K128, LEAST_SCALE, LEAST_SQUARE, TINY, StepValues, UnitKeys
 from tbq.kernels import rotated
 from tbq.kernels.compile import jit
+from tbq.kernels.lanes import load
 from tbq.kernels.numerics import load_fp16, store_fp16
-from tbq.kernels.rotated import LANES, ONE, SIZE, STREAMS, WORDS, ZERO, pair_table, read_codes
+from tbq.kernels.rotated import LANES, ONE, SIZE, STREAMS, WORDS, ZERO
+from tbq.kernels.simd import level_table, search_table
 
 EIGHT = 8 * LANES
 INFINITY, HALF = np.float32(np.inf), np.float32(0.5)
@@ -37,43 +41,55 @@ def _divide(v, divisor):
             v[j * LANES + lane] /= divisor[lane]
 
 
-@jit
-def _quantize_keys(x, kind, places, edges, factors, packed):
-    """Quantise x (n, 128) to packed (n, bytes), whose last two are the norm."""
-    v, found = np.empty(SIZE, np.float32), np.empty(SIZE, np.float32)
-    codes, words = np.empty(SIZE, np.int32), np.empty(WORDS * LANES, np.int32)
-    norm, s = np.empty(LANES, np.float32), np.empty(EIGHT, np.float32)
-    divisor = np.empty(LANES, np.float32)
-    for start in range(0, x.shape[0], LANES):
-        count = min(LANES, x.shape[0] - start)
-        rotated.load(x, start, count, v)
-        _norms(v, s, norm)
-        for lane in range(LANES):
-            divisor[lane] = norm[lane] + TINY
-        _divide(v, divisor)
-        rotated.fwht(v, factors)
-        rotated.choose_lower(v, edges, edges, ZERO, codes, found)
-        rotated.write(codes, start, count, kind, places, words, packed)
-        for lane in range(count):
-            store_fp16(norm[lane], packed[start + lane], packed.shape[1] - 2)
+@cache
+def _key_quantizer(bits: int):
+    choose, write = rotated.chooser(bits, ">"), rotated.writer(STREAMS[bits])
+
+    @jit
+    def quantize(x, places, edges, table, factors, packed):
+        """Quantise x (n, 128) to packed (n, bytes), whose last two are the norm."""
+        v, found = np.empty(SIZE, np.float32), np.empty(SIZE, np.float32)
+        codes, words = np.empty(SIZE, np.int32), np.empty(WORDS * LANES, np.int32)
+        norm, s = np.empty(LANES, np.float32), np.empty(EIGHT, np.float32)
+        divisor = np.empty(LANES, np.float32)
+        for start in range(0, x.shape[0], LANES):
+            count = min(LANES, x.shape[0] - start)
+            load(x, start, count, v)
+            _norms(v, s, norm)
+            for lane in range(LANES):
+                divisor[lane] = norm[lane] + TINY
+            _divide(v, divisor)
+            rotated.fwht(v, factors)
+            choose(v, edges, table, codes, found)
+            write(codes, start, count, places, words, packed)
+            for lane in range(count):
+                store_fp16(norm[lane], packed[start + lane], packed.shape[1] - 2)
+
+    return quantize
 
 
-@jit
-def _dequantize_keys(packed, bits, pairs, y):
-    """Set y (n, 128) to centroids of length one times the norm."""
-    s = np.empty(8, np.float32)
-    for b in range(packed.shape[0]):
-        out = y[b]
-        read_codes(packed[b], bits, pairs, ONE, out)
-        s[:] = ZERO
-        for j in range(0, HEAD, 8):
-            for k in range(8):
-                s[k] += out[j + k] * out[j + k]
-        total = ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]))
-        inverse = ONE / np.sqrt(total + LEAST_SQUARE)
-        norm = load_fp16(packed[b], packed.shape[1] - 2)
-        for j in range(HEAD):
-            out[j] = (out[j] * inverse) * norm
+@cache
+def _key_dequantizer(bits: int):
+    read_codes = rotated.code_reader(bits)
+
+    @jit
+    def dequantize(packed, table, y):
+        """Set y (n, 128) to centroids of length one times the norm."""
+        s = np.empty(8, np.float32)
+        for b in range(packed.shape[0]):
+            out = y[b]
+            read_codes(packed[b], table, ONE, out)
+            s[:] = ZERO
+            for j in range(0, HEAD, 8):
+                for k in range(8):
+                    s[k] += out[j + k] * out[j + k]
+            total = ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]))
+            inverse = ONE / np.sqrt(total + LEAST_SQUARE)
+            norm = load_fp16(packed[b], packed.shape[1] - 2)
+            for j in range(HEAD):
+                out[j] = (out[j] * inverse) * norm
+
+    return dequantize
 
 
 def _keys(codec: UnitKeys) -> RowKernels:
@@ -81,19 +97,20 @@ def _keys(codec: UnitKeys) -> RowKernels:
     if codec.total != "eights" or wrong:
         raise NotImplementedError("kernels do what the text says; others are mutants")
     size, bits, levels = codec.block_bytes, codec.cells.bits, codec.cells.levels
-    kind, places = STREAMS[bits], rotated.stored(codec, "qs")
+    places = rotated.stored(codec, "qs")
+    encode, decode = _key_quantizer(bits), _key_dequantizer(bits)
     # what exceeds the float before a midpoint is not below it
-    edges = rotated.halves(np.nextafter(codec.cells.edges, np.float32(-np.inf)))
-    pairs = pair_table(levels, kind)
-    factors = np.full(HEAD, K128, np.float32)
+    edges = search_table(np.nextafter(codec.cells.edges, np.float32(-np.inf)))
+    table = level_table(levels)
+    factors = rotated.in_lanes(np.full(HEAD, K128, np.float32))
     ones = rotated.in_lanes(np.ones(HEAD, np.float32))
 
     def quantize(x, packed, first):
         blocks = packed.reshape(-1, size)
-        _quantize_keys(x.reshape(-1, HEAD), kind, places, edges, factors, blocks)
+        encode(x.reshape(-1, HEAD), places, edges, table, factors, blocks)
 
     def dequantize(packed, y):
-        _dequantize_keys(packed.reshape(-1, size), bits, pairs, y.reshape(-1, HEAD))
+        decode(packed.reshape(-1, size), table, y.reshape(-1, HEAD))
 
     def rotate(x, blocks):
         rotated.rotate(x, ones, factors)
@@ -121,49 +138,62 @@ def _count_steps(v, lo, scale, top, codes):
             codes[j * LANES + lane] = np.int32(steps if steps < top else top)
 
 
-@jit
-def _quantize_values(x, kind, places, top, packed):
-    """Quantise x (n, 128) to packed (n, bytes), whose last four are scale and least value."""
-    v, codes = np.empty(SIZE, np.float32), np.empty(SIZE, np.int32)
-    words, scale = np.empty(WORDS * LANES, np.int32), np.empty(LANES, np.float32)
-    lo, hi = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    for start in range(0, x.shape[0], LANES):
-        count = min(LANES, x.shape[0] - start)
-        rotated.load(x, start, count, v)
-        _extremes(v, lo, hi)
-        for lane in range(LANES):
-            step = (hi[lane] - lo[lane]) / top
-            scale[lane] = step if step > LEAST_SCALE else LEAST_SCALE  # NaN too
-        _count_steps(v, lo, scale, top, codes)
-        rotated.write(codes, start, count, kind, places, words, packed)
-        for lane in range(count):
-            out = packed[start + lane]
-            store_fp16(scale[lane], out, packed.shape[1] - 4)
-            store_fp16(lo[lane], out, packed.shape[1] - 2)
+@cache
+def _value_quantizer(bits: int):
+    write = rotated.writer(STREAMS[bits])
+
+    @jit
+    def quantize(x, places, top, packed):
+        """Quantise x (n, 128) to packed (n, bytes), whose last four are scale and least value."""
+        v, codes = np.empty(SIZE, np.float32), np.empty(SIZE, np.int32)
+        words, scale = np.empty(WORDS * LANES, np.int32), np.empty(LANES, np.float32)
+        lo, hi = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+        for start in range(0, x.shape[0], LANES):
+            count = min(LANES, x.shape[0] - start)
+            load(x, start, count, v)
+            _extremes(v, lo, hi)
+            for lane in range(LANES):
+                step = (hi[lane] - lo[lane]) / top
+                scale[lane] = step if step > LEAST_SCALE else LEAST_SCALE  # NaN too
+            _count_steps(v, lo, scale, top, codes)
+            write(codes, start, count, places, words, packed)
+            for lane in range(count):
+                out = packed[start + lane]
+                store_fp16(scale[lane], out, packed.shape[1] - 4)
+                store_fp16(lo[lane], out, packed.shape[1] - 2)
+
+    return quantize
 
 
-@jit
-def _dequantize_values(packed, bits, pairs, y):
-    for b in range(packed.shape[0]):
-        out, at = y[b], packed.shape[1] - 4
-        read_codes(packed[b], bits, pairs, load_fp16(packed[b], at), out)
-        least = load_fp16(packed[b], at + 2)
-        for j in range(HEAD):
-            out[j] += least
+@cache
+def _value_dequantizer(bits: int):
+    read_codes = rotated.code_reader(bits)
+
+    @jit
+    def dequantize(packed, table, y):
+        for b in range(packed.shape[0]):
+            out, at = y[b], packed.shape[1] - 4
+            read_codes(packed[b], table, load_fp16(packed[b], at), out)
+            least = load_fp16(packed[b], at + 2)
+            for j in range(HEAD):
+                out[j] += least
+
+    return dequantize
 
 
 def _values(codec: StepValues) -> RowKernels:
     if not codec.rounded:
         raise NotImplementedError("kernels round; others are mutants")
-    size, bits, kind = codec.block_bytes, codec.bits, STREAMS[codec.bits]
+    size, bits = codec.block_bytes, codec.bits
+    encode, decode = _value_quantizer(bits), _value_dequantizer(bits)
     places, top = rotated.stored(codec, "qs"), np.float32((1 << bits) - 1)
-    pairs = pair_table(np.arange(1 << bits, dtype=np.float32), kind)
+    table = level_table(np.arange(1 << bits, dtype=np.float32))
 
     def quantize(x, packed, first):
-        _quantize_values(x.reshape(-1, HEAD), kind, places, top, packed.reshape(-1, size))
+        encode(x.reshape(-1, HEAD), places, top, packed.reshape(-1, size))
 
     def dequantize(packed, y):
-        _dequantize_values(packed.reshape(-1, size), bits, pairs, y.reshape(-1, HEAD))
+        decode(packed.reshape(-1, size), table, y.reshape(-1, HEAD))
 
     return RowKernels(quantize, dequantize, dequantize)
 

@@ -2,151 +2,183 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from tbq.codec import RowKernels
 from tbq.families.ktq import QK, SCALE, TINY
 from tbq.families.vtq import CODEBOOKS, Distance, MixedBlocks, PlainBlocks
-from tbq.kernels.bitpack import pack
 from tbq.kernels.compile import jit
 from tbq.kernels.lanes import (
+    GROUPS,
+    I32,
     LANES,
-    ONE,
     SIZE,
     WORDS,
     ZERO,
-    count_above,
+    code_storer,
+    correct,
+    expander,
+    finder,
+    invert,
     load,
     multiply,
     norms,
-    store_codes,
+    store_half,
+    store_word,
 )
-from tbq.kernels.lanes import pack as pack_lanes
-from tbq.kernels.mirrored import choose, upper_levels
-from tbq.kernels.nearest import count_thresholds
-from tbq.kernels.numerics import corrected_scale, load_fp16, store_fp16
+from tbq.kernels.numerics import load_fp16
+from tbq.kernels.simd import Lanes, Tables, level_table, on_lanes, on_words, search_table
 from tbq.nearest import absolute, squared, thresholds
 
 
+@cache
+def _quantizer(bits: int):
+    find, expand, store_codes = finder(bits), expander(bits, False), code_storer(bits)
+
+    @jit
+    def quantize(x, limits, levels, packed):
+        """Quantise x (n, 32) to packed (n, block_bytes)."""
+        n = x.shape[0]
+        v, words = np.empty(SIZE, np.float32), np.empty(WORDS, np.int32)
+        norm, rn = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+        inverse, half = np.empty(LANES, np.float32), np.empty(LANES, np.int32)
+        for start in range(0, n, LANES):
+            count = min(LANES, n - start)
+            load(x, start, count, v)
+            norms(v, norm)
+            invert(norm, inverse)
+            multiply(v, inverse)
+            find(v, limits, words)
+            expand(words, levels, v)
+            norms(v, rn)
+            correct(norm, rn, half)
+            for lane in range(count):
+                out = packed[start + lane]
+                out[:] = 0
+                store_half(half[lane], out, 0)
+                if not norm[lane] < TINY:
+                    store_codes(words, lane, out)
+
+    return quantize
+
+
+@cache
+def _dequantizer(bits: int):
+    @on_words
+    def expand(words, tables, factor):
+        return (
+            tables[0].look_up_level(bits, words[0].unsigned_shift(range(0, 8 * bits, bits)))
+            * factor
+        )
+
+    @jit
+    def dequantize(packed, levels, y):
+        """Dequantise packed (n, block_bytes) to y (n, 32)."""
+        for b in range(packed.shape[0]):
+            block = packed[b]
+            d = load_fp16(block, 0)
+            if d < TINY:
+                y[b] = ZERO
+                continue
+            for g in range(GROUPS):
+                word = I32(0)
+                for k in range(bits):
+                    word |= I32(block[2 + bits * g + k]) << I32(8 * k)
+                expand((I32(word),), (levels,), d, y, b * QK + 8 * g)
+
+    return dequantize
+
+
+@on_lanes(LANES, "fine", "coarse")
+def _find_mixed(v: Lanes, fine: Tables, coarse: Tables, words: Lanes) -> None:
+    """Set words (3 * LANES,) to the eight fine codes, and to 24 coarse ones from bit 2 on."""
+    found: list = [None, None, None]
+    for j in range(QK):
+        if j % 4 == 0:
+            word, code = 0, fine.search(3, v[j], ">=") << 3 * (j // 4)
+        else:
+            slot = j - j // 4
+            word, code = 1 + slot // 16, coarse.search(2, v[j], ">=") << 2 * (slot % 16)
+        found[word] = code if found[word] is None else found[word] + code
+    for k in range(3):
+        words[k] = -found[k]
+
+
+@on_lanes(LANES, "fine", "coarse")
+def _expand_mixed(words: Lanes, fine: Tables, coarse: Tables, v: Lanes) -> None:
+    """Set lanes v to the levels of such words."""
+    for j in range(QK):
+        slot = j - j // 4
+        if j % 4 == 0:
+            v[j] = fine.look_up(0, words[0].unsigned_shift(3 * (j // 4)))
+        else:
+            v[j] = coarse.look_up(0, words[1 + slot // 16].unsigned_shift(2 * (slot % 16)))
+
+
 @jit
-def _quantize(x, upper, limits, bits, packed):
-    """Quantise x (n, 32) to packed (n, block_bytes)."""
-    n = x.shape[0]
-    v = np.empty(SIZE, np.float32)
-    codes, words = np.empty(SIZE, np.int32), np.empty(WORDS, np.int32)
+def _quantize_mixed(x, fine_limits, coarse_limits, fine, coarse, packed):
+    """Quantise x (n, 32) to vtq_mixed blocks; j%4 == 0 is fine (3 bits), the rest coarse (2)."""
+    v, words = np.empty(SIZE, np.float32), np.empty(3 * LANES, np.int32)
     norm, rn = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    inverse = np.empty(LANES, np.float32)
-    for start in range(0, n, LANES):
-        count = min(LANES, n - start)
+    inverse, half = np.empty(LANES, np.float32), np.empty(LANES, np.int32)
+    for start in range(0, x.shape[0], LANES):
+        count = min(LANES, x.shape[0] - start)
         load(x, start, count, v)
         norms(v, norm)
-        for lane in range(LANES):
-            inverse[lane] = ONE / norm[lane]
+        invert(norm, inverse)
         multiply(v, inverse)
-        count_above(v, limits, codes)
-        pack_lanes(codes, bits, words)
-        choose(words, bits, upper, v)
+        _find_mixed(v, fine_limits, coarse_limits, words)
+        _expand_mixed(words, fine, coarse, v)
         norms(v, rn)
+        correct(norm, rn, half)
         for lane in range(count):
             out = packed[start + lane]
             out[:] = 0
-            if norm[lane] < TINY:
-                store_fp16(norm[lane], out, 0)
-            else:
-                store_fp16(corrected_scale(norm[lane], rn[lane]), out, 0)
-                store_codes(words, lane, bits, out)
+            store_half(half[lane], out, 0)
+            if not norm[lane] < TINY:
+                store_word(words[lane + 2 * LANES] << 8, out, 8)
+                store_word(words[lane + LANES], out, 5)
+                for k in range(3):
+                    out[2 + k] = np.uint8((words[lane] >> (8 * k)) & 0xFF)
+
+
+@on_words
+def _expand_mixed_row(words, tables, factor):
+    """Return two fine levels, each before three coarse ones."""
+    fine, coarse = words
+    first = tables[0].look_up(0, fine.unsigned_shift([0, 0, 0, 0, 3, 0, 0, 0]))
+    rest = tables[1].look_up(0, coarse.unsigned_shift([0, 0, 2, 4, 0, 6, 8, 10]))
+    return first.blend(rest, [0, 1, 1, 1, 0, 1, 1, 1]) * factor
 
 
 @jit
-def _dequantize_bits(packed, levels, bits, y):
-    scaled = np.empty(levels.size, np.float32)
-    mask = np.uint64((1 << bits) - 1)
+def _dequantize_mixed(packed, fine, coarse, y):
+    """Dequantise packed (n, 12) to y (n, 32)."""
     for b in range(packed.shape[0]):
-        d = load_fp16(packed[b], 0)
-        for c in range(levels.size):
-            scaled[c] = ZERO if d < TINY else levels[c] * d
-        for group in range(4):
-            word = np.uint64(0)
-            for k in range(bits):
-                word |= np.uint64(packed[b, 2 + bits * group + k]) << np.uint64(8 * k)
-            for k in range(8):
-                y[b, 8 * group + k] = scaled[(word >> np.uint64(bits * k)) & mask]
-
-
-@jit
-def _dequantize(packed, levels, bits, y):
-    """Dequantise packed (n, block_bytes) to y (n, 32)."""
-    if bits == 1:  # literal widths, so that the loops unroll
-        _dequantize_bits(packed, levels, 1, y)
-    elif bits == 2:
-        _dequantize_bits(packed, levels, 2, y)
-    elif bits == 3:
-        _dequantize_bits(packed, levels, 3, y)
-    else:
-        _dequantize_bits(packed, levels, 4, y)
-
-
-@jit
-def _quantize_mixed(x, fine_levels, fine_limits, coarse_levels, coarse_limits, packed):
-    """Quantise x (n, 32) to vtq_mixed blocks; j%4 == 0 is fine (3 bits), the rest coarse (2)."""
-    fine = np.empty(8, np.uint8)
-    slots = np.zeros(25, np.uint8)  # slot 0 is never used
-    for b in range(x.shape[0]):
-        total = ZERO
-        for j in range(QK):
-            total += x[b, j] * x[b, j]
-        norm = np.sqrt(total)
-        packed[b] = 0
-        if norm < TINY:
-            store_fp16(norm, packed[b], 0)
-            continue
-        inverse = ONE / norm
-        total = ZERO
-        for j in range(QK):
-            h = x[b, j] * inverse
-            if j % 4 == 0:
-                fine[j // 4] = count_thresholds(h, fine_limits)
-                level = fine_levels[fine[j // 4]]
-            else:
-                slots[j - j // 4] = count_thresholds(h, coarse_limits)
-                level = coarse_levels[slots[j - j // 4]]
-            total += level * level
-        pack(fine, 3, packed[b, 2:5])
-        pack(slots[:24], 2, packed[b, 5:11])
-        packed[b, 11] = slots[24]
-        store_fp16(corrected_scale(norm, np.sqrt(total)), packed[b], 0)
-
-
-@jit
-def _dequantize_mixed(packed, fine_levels, coarse_levels, y):
-    """Dequantise packed (n, 12) to y (n, 32), through tables of levels times the block's scale."""
-    fine, coarse = np.empty(8, np.float32), np.empty(4, np.float32)
-    for b in range(packed.shape[0]):
-        block, row = packed[b], y[b]
+        block = packed[b]
         d = load_fp16(block, 0)
-        for c in range(8):
-            fine[c] = ZERO if d < TINY else fine_levels[c] * d
-        for c in range(4):
-            coarse[c] = ZERO if d < TINY else coarse_levels[c] * d
+        if d < TINY:
+            y[b] = ZERO
+            continue
         word, slots = np.uint64(0), np.uint64(0)
         for k in range(3):
             word |= np.uint64(block[2 + k]) << np.uint64(8 * k)
         for k in range(7):
             slots |= np.uint64(block[5 + k]) << np.uint64(8 * k)
-        for i in range(8):
-            row[4 * i] = fine[(word >> np.uint64(3 * i)) & np.uint64(7)]
-            three = slots >> np.uint64(6 * i + 2)
-            for k in range(3):
-                row[4 * i + 1 + k] = coarse[(three >> np.uint64(2 * k)) & np.uint64(3)]
+        for g in range(GROUPS):
+            six = np.int32((word >> np.uint64(6 * g)) & np.uint64(63))
+            twelve = np.int32((slots >> np.uint64(12 * g + 2)) & np.uint64(0xFFF))
+            _expand_mixed_row((six, twelve), (fine, coarse), d, y, b * QK + 8 * g)
 
 
-def table(bits: int, distance: Distance) -> tuple[np.ndarray, tuple]:
+def table(bits: int, distance: Distance) -> tuple[np.ndarray, np.ndarray]:
     """Return the levels of a codebook and the thresholds between them."""
     levels = CODEBOOKS[bits] * SCALE
     if distance == "absolute":
-        return levels, tuple(thresholds(levels, absolute))
-    limits = thresholds(levels, squared) if bits > 1 else np.zeros(1, np.float32)
-    return levels, tuple(limits)
+        return levels, thresholds(levels, absolute)
+    return levels, thresholds(levels, squared) if bits > 1 else np.zeros(1, np.float32)
 
 
 def kernels(codec: PlainBlocks | MixedBlocks) -> RowKernels:
@@ -157,25 +189,28 @@ def kernels(codec: PlainBlocks | MixedBlocks) -> RowKernels:
 def _plain(codec: PlainBlocks) -> RowKernels:
     bits, size = codec.bits, codec.block_bytes
     levels, limits = table(bits, codec.distance)
-    upper = upper_levels(levels)
+    search, lookup = search_table(limits), level_table(levels)
+    encode, decode = _quantizer(bits), _dequantizer(bits)
 
     def quantize(x, packed, first):
-        _quantize(x.reshape(-1, QK), upper, limits, bits, packed.reshape(-1, size))
+        encode(x.reshape(-1, QK), search, lookup, packed.reshape(-1, size))
 
     def dequantize(packed, y):
-        _dequantize(packed.reshape(-1, size), levels, bits, y.reshape(-1, QK))
+        decode(packed.reshape(-1, size), lookup, y.reshape(-1, QK))
 
     return RowKernels(quantize, dequantize, dequantize)
 
 
 def _mixed(codec: MixedBlocks) -> RowKernels:
     size = codec.block_bytes
-    fine, coarse = table(3, codec.distance), table(2, codec.distance)
+    tables = [table(3, codec.distance), table(2, codec.distance)]
+    limits = [search_table(limits) for _, limits in tables]
+    fine, coarse = (level_table(levels) for levels, _ in tables)
 
     def quantize(x, packed, first):
-        _quantize_mixed(x.reshape(-1, QK), *fine, *coarse, packed.reshape(-1, size))
+        _quantize_mixed(x.reshape(-1, QK), *limits, fine, coarse, packed.reshape(-1, size))
 
     def dequantize(packed, y):
-        _dequantize_mixed(packed.reshape(-1, size), fine[0], coarse[0], y.reshape(-1, QK))
+        _dequantize_mixed(packed.reshape(-1, size), fine, coarse, y.reshape(-1, QK))
 
     return RowKernels(quantize, dequantize, dequantize)
