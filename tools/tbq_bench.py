@@ -5,27 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
-
-import numpy as np
 
 import tbq
-from tbq.api import index_step
 from tbq.errors import InputError
 
-from . import console
+from . import bench_cases, bench_report, console
 
-VALUES = 4 << 20
-SECONDS = 1.0  # a case that would take longer gets fewer rows, and so does a check
-WARM_UPS = 2
-CHECKED_ROWS = 64
+MEASURING = ("compare", "plot", "libggml")  # flags that mean nothing to --compile
+MOST_ROUNDS = 10_000
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,7 +22,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="tbq-bench",
         description="Time quantisation and dequantisation of 4 Mi float32 values. Every kernel is "
         "compared with its specification first, and not timed if it differs. The cases of a round "
-        "run one after the other, so that ratios survive a noisy machine.",
+        "run one after the other, so that ratios survive a noisy machine; with one thread it is "
+        "the processor's time that counts.",
         epilog=console.EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -43,46 +32,115 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rows", metavar="N,N", default="256,1024,4096", help="row lengths; default 256,1024,4096")
     add("--threads", metavar="N", type=int, default=1, help="worker threads; default 1")
     add("--rounds", metavar="N", type=int, default=9, help="timed runs per case; default 9")
-    add("--out", metavar="FILE", help="append one JSON line per case to FILE")
+    add("--out", "--record", metavar="FILE", help="append one JSON line per case to FILE")
+    add(
+        "--compare",
+        metavar="FILE",
+        help="print what share of its speed in FILE (of --out) each case has, both over gguf-py's "
+        "Q4_0 or over a copy, whichever is kinder; exit code 1 if one has less than "
+        f"{bench_report.LEAST:g}, {bench_report.TRIES} times in a row",
+    )
+    add("--libggml", metavar="PATH", help="time the C of a fork's libggml-base.so beside ours")
+    add("--plot", metavar="FILE", help="draw speeds, as .svg or .png (needs matplotlib)")
+    add(
+        "--compile",
+        action="store_true",
+        help="time nothing: compile all kernels that the formats need, for an image of a container "
+        "say, and print the processor seconds and where the result is kept",
+    )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program; returns the exit code."""
-    return console.run(build_parser(), bench, argv, lists=lambda args: not args.out)
+    works = lambda args: args.out or args.plot or args.compare or args.compile  # noqa: E731
+    return console.run(build_parser(), bench, argv, lists=lambda args: not works(args))
 
 
 def bench(args: argparse.Namespace) -> int:
-    """Measure, print a table, and append the records to a file."""
+    """Measure, print a table, and append the records to a file; or compile."""
     chosen = [tbq.get_format(name) for name in args.formats] or tbq.formats()
     formats = [variant for fmt in chosen for variant in fmt.variants()]
+    if args.compile:
+        console.refuse_flags(args, MEASURING, "beside --compile", "nothing: that times no case")
+        _open_record(args.out)
+        return _compile(formats, args.out)
     lengths = _lengths(args.rows)
-    if args.rounds < 1 or args.threads < 1:
-        raise InputError("--rounds, --threads", f"{args.rounds}, {args.threads}", "at least 1")
-    if args.out:
-        if os.path.exists(args.out) and not os.path.isfile(args.out):  # a FIFO would be waited for
-            raise InputError("--out", args.out, "a regular file or a new path")
-        open(args.out, "a").close()  # fails now rather than after minutes
-    wrong = [fmt.label for fmt in formats if not _is_exact(fmt)]
+    if not (0 < args.rounds <= MOST_ROUNDS and args.threads > 0):
+        need = f"at least 1, and at most {MOST_ROUNDS} rounds"
+        raise InputError("--rounds, --threads", f"{args.rounds}, {args.threads}", need)
+    _check_plot(args.plot)
+    library = _library(args, formats)
+    before = _recorded(args, formats, lengths)
+    _open_record(args.out)
+    wrong = [fmt.label for fmt in formats if not bench_cases.is_exact(fmt)]
     if wrong:
         print(f"tbq-bench: error: not exact, not timed: {', '.join(wrong)}", file=sys.stderr)
         return console.FAILED
-    environment = _environment(args.threads)
-    head = f"{'case':<34}{'row':>6}{'Mvalues/s':>11}{'min':>9}{'max':>9}{'x Q4_0':>8}{'x copy':>8}"
-    print(head)
+    print(bench_report.head(library is not None, before is not None))
+    records, slower = [], {}
     for n in lengths:
-        cases = _cases(formats, n, args.threads)
-        speeds = _time(cases, args.rounds)
-        for name, (_, values) in cases.items():
-            record = _record(name, n, values, speeds) | environment
-            print(
-                f"{name:<34}{n:>6}{record['mvalues_per_s']:>11.3f}{record['min']:>9.3f}"
-                f"{record['max']:>9.3f}{record['ratio_to_gguf_q4_0']:>8.2f}"
-                f"{record['ratio_to_copy']:>8.3f}"
-            )
-            if args.out:
-                with open(args.out, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
+        found, slow = _measure(args, formats, n, library, before)
+        records += found
+        slower |= {f"{name}, rows of {n}": share for name, share in slow.items()}
+    if args.plot:
+        from .bench_plot import write_plot
+
+        write_plot(args.plot, records)
+    if before is None:
+        return console.OK
+    count = sum((r["case"], r["row"], r["threads"]) in before for r in records)
+    return _say_slower(args.compare, count, slower)
+
+
+def _measure(args, formats, n: int, library, before) -> tuple[list[dict], dict[str, float]]:
+    """Time rows of n values, print and keep their records; return those, and what is slower."""
+    cases = bench_cases.cases(formats, n, args.threads, library)
+    where = bench_report.environment(args.threads)
+    clock = bench_cases.clock_of(args.threads)
+    records, changes = [], {}
+
+    def timed(names) -> dict[str, dict]:
+        some = bench_cases.with_yardsticks(cases, names)
+        speeds = bench_cases.measured(some, args.rounds, clock)
+        return {name: bench_report.record(name, n, cases[name].values, speeds) for name in names}
+
+    def change(record: dict) -> float | None:
+        old = (before or {}).get((record["case"], n, args.threads))
+        return bench_report.change(record, old) if old else None
+
+    every = bench_cases.measured(cases, args.rounds, clock)
+    for name in (name for name in cases if not name.startswith(bench_cases.C_PREFIX)):
+        record = bench_report.record(name, n, cases[name].values, every) | where
+        share = change(record)
+        console.say(bench_report.line(record, library is not None, share))
+        if share is not None:
+            changes[name] = share
+        records.append(record)
+    _keep(args.out, records)
+    again = lambda names: {name: change(record) for name, record in timed(names).items()}  # noqa: E731
+    return records, bench_report.slower(changes, again)
+
+
+def _say_slower(path: str, count: int, slower: dict[str, float]) -> int:
+    """Print what is slower than in a record; returns the exit code."""
+    console.say(f"compared with {path}: {count} cases, {len(slower)} slower")
+    for name, share in slower.items():
+        console.say(f"  {name}: {share:.2f} of the recorded speed")
+    return console.FAILED if slower else console.OK
+
+
+def _compile(formats: list[tbq.Format], out: str | None) -> int:
+    """Compile all that formats need, and print what it took; returns the exit code."""
+    from .bench_compile import cache_folder, compiled
+
+    console.say(f"{'format':<34}{'operation':<18}{'CPU seconds':>12}")
+    total = 0.0
+    for record in compiled(formats):
+        console.say(f"{record['format']:<34}{record['operation']:<18}{record['cpu_s']:>12.2f}")
+        total += record["cpu_s"]
+        _keep(out, [record])
+    console.say(f"{total:.1f} CPU seconds; kept in {cache_folder() or 'no cache'}")
     return console.OK
 
 
@@ -90,124 +148,60 @@ def _lengths(text: str) -> list[int]:
     """Parse `--rows`."""
     digits = [part.strip() for part in text.split(",")]
     lengths = [int(part) if part.isdecimal() and len(part) < 10 else 0 for part in digits]
-    if not all(0 < n <= VALUES for n in lengths):
-        raise InputError("--rows", text[:60], f"row lengths from 1 to {VALUES}, such as 256,4096")
-    return lengths
+    most = bench_cases.VALUES
+    if not all(0 < n <= most for n in lengths):
+        raise InputError("--rows", text[:60], f"row lengths from 1 to {most}, such as 256,4096")
+    return [*dict.fromkeys(lengths)]
 
 
-def _is_exact(fmt: tbq.Format) -> bool:
-    """Compare the kernels with the specification, row by row of one group each."""
-    rng = np.random.default_rng(1)
-    x = rng.standard_normal((CHECKED_ROWS, fmt.group_values)).astype(np.float32)
-    packed = tbq.quantize(x, fmt)
-    y = tbq.dequantize(packed, fmt)
-    began = time.perf_counter()
-    for i in range(CHECKED_ROWS):
-        row = fmt.codec.quantize_rows(x[i : i + 1], i * index_step(fmt, x.shape[1]))
-        expected = fmt.codec.dequantize_rows(row)
-        if row.tobytes() != packed[i].tobytes() or expected.tobytes() != y[i].tobytes():
-            return False
-        if time.perf_counter() - began > SECONDS:
-            break
-    return True
+def _check_plot(path: str | None) -> None:
+    """Refuse before minutes of work what would fail after them."""
+    if path:
+        from .bench_plot import checked_kind
+        from .eval_plot import require_matplotlib
+
+        checked_kind(path)
+        require_matplotlib()
 
 
-# What is timed, and how many values it handles.
-Case = tuple[Callable[[], object], int]
-
-
-def _cases(formats: list[tbq.Format], n: int, threads: int) -> dict[str, Case]:
-    import gguf
-
-    x = np.random.default_rng(0).standard_normal((VALUES // n, n)).astype(np.float32)
-    copy = np.empty_like(x)
-    q4_0 = gguf.GGMLQuantizationType.Q4_0
-    packed_q4_0 = gguf.quantize(x, q4_0)
-    cases: dict[str, Case] = {
-        "copy": (lambda: np.copyto(copy, x), x.size),
-        "gguf-py q4_0 quantize": (lambda: gguf.quantize(x, q4_0), x.size),
-        "gguf-py q4_0 dequantize": (lambda: gguf.dequantize(packed_q4_0, q4_0), x.size),
-    }
-    for fmt in formats:
-        if n % fmt.group_values:
-            continue
-        some = x[: _affordable_rows(fmt, x)]
-        packed = tbq.quantize(some, fmt)
-        encode = {"x": some, "fmt": fmt, "out": packed.copy(), "threads": threads}
-        repeated = np.resize(packed, (len(x), packed.shape[1]))
-        decode = {"packed": repeated, "fmt": fmt, "out": copy, "threads": threads}
-        cases[f"{fmt.label} quantize"] = (lambda kw=encode: tbq.quantize(**kw), some.size)
-        cases[f"{fmt.label} dequantize"] = (lambda kw=decode: tbq.dequantize(**kw), x.size)
-    return cases
-
-
-def _affordable_rows(fmt: tbq.Format, x: np.ndarray) -> int:
-    """Return how many rows one thread quantises in SECONDS, at least one."""
-    tbq.quantize(x[:1], fmt)
-    began = time.perf_counter()
-    tbq.quantize(x[:1], fmt)
-    return min(len(x), max(1, int(SECONDS / (time.perf_counter() - began))))
-
-
-def _time(cases: dict[str, Case], rounds: int) -> dict[str, list[float]]:
-    """Return the speeds of each case, values per second, one per round."""
-    speeds: dict[str, list[float]] = {name: [] for name in cases}
-    for i in range(WARM_UPS + rounds):
-        for name, (call, values) in cases.items():
-            start = time.perf_counter()
-            call()
-            if i >= WARM_UPS:
-                speeds[name].append(values / (time.perf_counter() - start))
-    return speeds
-
-
-def _record(name: str, n: int, values: int, speeds: dict[str, list[float]]) -> dict:
-    peer = f"gguf-py q4_0 {name.rpartition(' ')[2]}"
-    median = statistics.median(speeds[name])
-    return {
-        "case": name,
-        "row": n,
-        "values": values,
-        "mvalues_per_s": median / 1e6,
-        "min": min(speeds[name]) / 1e6,
-        "max": max(speeds[name]) / 1e6,
-        "float_gb_per_s": 4 * median / 1e9,
-        "ratio_to_gguf_q4_0": median / statistics.median(speeds.get(peer, speeds[name])),
-        "ratio_to_copy": median / statistics.median(speeds["copy"]),
-        "rounds": len(speeds[name]),
-    }
-
-
-def _environment(threads: int) -> dict:
-    names = ("numpy", "numba", "gguf")
-    return {
-        "threads": threads,
-        "cpu": _cpu_model(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in names},
-        "commit": _commit(),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    try:
-        command = ["git", "describe", "--always", "--dirty"]
-        here = Path(__file__).parent
-        found = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
-        return found.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+def _library(args: argparse.Namespace, formats: list[tbq.Format]):
+    """Return the library of `--libggml`; None without."""
+    if not args.libggml:
         return None
+    if args.threads != 1:
+        raise InputError("--threads", str(args.threads), "1 beside --libggml: C runs on one")
+    from .libggml import open_library, require_functions
+
+    library = open_library(args.libggml, {fmt.dialect for fmt in formats})
+    require_functions(args.libggml, formats)
+    return library
+
+
+def _recorded(args, formats: list[tbq.Format], lengths: list[int]) -> dict | None:
+    """Return the records of `--compare`; None without."""
+    if not args.compare:
+        return None
+    before = bench_report.read_records(args.compare)
+    names = [f"{fmt.label} {op}" for fmt in formats for op in bench_cases.OPERATIONS]
+    keys = {(name, n, args.threads) for name in names for n in lengths}
+    if not keys & set(before):
+        need = "a file of --out with some of these cases, rows and threads"
+        raise InputError("--compare", f"{args.compare}, which has none of {len(keys)} cases", need)
+    return before
+
+
+def _open_record(path: str | None) -> None:
+    """Make sure that a file can be appended to: now rather than after minutes."""
+    if path:
+        if os.path.exists(path) and not os.path.isfile(path):  # a FIFO would be waited for
+            raise InputError("--out", path, "a regular file or a new path")
+        open(path, "a").close()
+
+
+def _keep(path: str | None, records: list[dict]) -> None:
+    if path:
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 if __name__ == "__main__":
