@@ -6,19 +6,36 @@ Importing this package touches neither Numba nor CUDA; the first call does. Resu
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
+import numpy as np
+
+from cuda_port.errors import DeviceMemoryError
 from tbq.errors import BackendError
+from tbq.extras import install_command
 from tbq.format import Format
 
-__all__ = ["dequantize", "is_available", "quantize", "require_device", "scores", "weighted_sum"]
+__all__ = [
+    "DeviceMemoryError",
+    "dequantize",
+    "is_available",
+    "quantize",
+    "require_device",
+    "scores",
+    "weighted_sum",
+]
+
+# NumPy 2.5 has this no more, and numba-cuda up to 0.30.4 cannot compile without.
+if not hasattr(np, "row_stack"):
+    np.row_stack = np.vstack
 
 
-def _api():
+def _api() -> ModuleType:
     try:
         from cuda_port import api
-    except ImportError as error:
-        need = f"numba.cuda cannot be imported ({error}); pip install 'tbq-reference[cuda12]'"
+    except (ImportError, AttributeError) as error:  # missing, or too old for another package
+        need = f"numba.cuda cannot be imported ({error}); {install_command('cuda12')}"
         raise BackendError("numba.cuda", need) from None
     return api
 
@@ -46,11 +63,11 @@ def dequantize(packed: Any, fmt: str | Format, **options: Any) -> Any:
     return _api().dequantize(packed, fmt, **options)
 
 
-def scores(q: Any, packed_k: Any, fmt: str | Format, *, stream: Any = 0) -> Any:
+def scores(q: Any, packed_k: Any, fmt: str | Format, **options: Any) -> Any:
     """Return q . K for packed keys; see `cuda_port.api.scores`."""
-    return _api().scores(q, packed_k, fmt, stream=stream)
+    return _api().scores(q, packed_k, fmt, **options)
 
 
-def weighted_sum(p: Any, packed_v: Any, fmt: str | Format, *, stream: Any = 0) -> Any:
+def weighted_sum(p: Any, packed_v: Any, fmt: str | Format, **options: Any) -> Any:
     """Return sums of packed values; see `cuda_port.api.weighted_sum`."""
-    return _api().weighted_sum(p, packed_v, fmt, stream=stream)
+    return _api().weighted_sum(p, packed_v, fmt, **options)

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import numpy as np
 from numba import cuda
 
-from cuda_port import attention
-from cuda_port.port import (
-    VALUE_THREADS,
-    Kernel,
-    port_of,
-    score_kernel,
-    sign_checker,
-    sum_kernel,
-    turns_back,
-    value_decoder,
-)
+from cuda_port import arrays, attention
+from cuda_port.arrays import contiguous, fetch, flat, is_on_device, new, to_device, words
+from cuda_port.port import WORD_BYTES, Kernel, Port, port_of, turns_back, value_decoder
 from tbq.attention import RUN_KEYS, rotated_queries, side_format
 from tbq.errors import BackendError, CorruptBlockError, InputError
+from tbq.extras import install_command
 from tbq.format import Format
 from tbq.registry import get_format
 
 # Values of host arrays that are on the device at a time; device arrays are used whole.
 CHUNK_VALUES = 1 << 25
-SCRATCH_BYTES = 1 << 30
+CHUNK_SHARE, SCRATCH_SHARE = 0.25, 0.5  # of free memory, that chunks and scratch take at most
+BLOCKS_WANTED = 1024  # of threads, before one has several batches of keys
+RESIDENT = 4  # blocks of threads per multiprocessor that have scratch
+BYTES_PER_VALUE = 8  # of float32 and its codes, rounded up
 
 
 def has_device() -> bool:
@@ -38,20 +34,17 @@ def has_device() -> bool:
         return False
 
 
+def require_device() -> None:
+    """Raise BackendError, which says what to install, if there is no device to run on."""
+    if not has_device():
+        install = f"{install_command('cuda12')} on a machine with a GPU"
+        raise BackendError("numba.cuda", f"no CUDA device or driver; {install}")
+
+
 def ported(fmt: Format) -> bool:
     """Tell whether a format has kernels, which know no more than a group's place in its row."""
     placed = fmt.codec.position in ("none", "row") and not fmt.layout.header_bytes
     return placed and port_of(fmt.codec) is not None
-
-
-# --- arrays --------------------------------------------------------------------------------------
-
-
-def require_device() -> None:
-    """Raise BackendError, which says what to install, if there is no device to run on."""
-    if not has_device():
-        install = "pip install 'tbq-reference[cuda12]' on a machine with a GPU"
-        raise BackendError("numba.cuda", f"no CUDA device or driver; {install}")
 
 
 def _ported(fmt: Format) -> Format:
@@ -61,75 +54,98 @@ def _ported(fmt: Format) -> Format:
     return fmt
 
 
-def is_on_device(x: Any) -> bool:
-    """Tell whether an array lives on the device (Numba's, CuPy's, PyTorch's)."""
-    return hasattr(x, "__cuda_array_interface__") or hasattr(x, "copy_to_host")
+def _port(fmt: Format) -> Port:
+    port = port_of(fmt.codec)
+    assert port is not None, "the format is ported"
+    return port
 
 
-def _device(x: Any, dtype: type, argument: str):
-    """Return a device array as Numba sees it, without a copy."""
-    array = x if hasattr(x, "copy_to_host") else cuda.as_cuda_array(x)
-    if array.dtype != np.dtype(dtype) or not array.is_c_contiguous() or array.ndim == 0:
-        got = f"{array.dtype} array of shape {array.shape}"
-        raise InputError(argument, got, f"a C-contiguous {np.dtype(dtype)} array on the device")
-    return array
-
-
-def _host(x: Any, dtype: type, argument: str) -> np.ndarray:
-    array = np.asarray(x)
-    wanted = np.dtype(dtype)
-    if array.dtype != wanted or array.ndim == 0:
-        got = f"{array.dtype} array of shape {array.shape}"
-        raise InputError(argument, got, f"a {wanted} array (..., n)")
-    return np.ascontiguousarray(array)
-
-
-def _to_device(x: np.ndarray, stream):
-    try:
-        return cuda.to_device(np.ascontiguousarray(x), stream=stream)
-    except Exception as error:
-        raise BackendError(
-            "numba.cuda", f"cannot copy {x.nbytes} bytes to the device: {error}"
-        ) from error
-
-
-def _new(shape, dtype, stream):
-    try:
-        return cuda.device_array(shape, dtype, stream=stream)
-    except Exception as error:
-        n = math.prod(shape) * np.dtype(dtype).itemsize
-        raise BackendError("numba.cuda", f"cannot allocate {n} bytes: {error}") from error
+# --- launching -----------------------------------------------------------------------------------
 
 
 @cache
 def _constants(device: int, kernel: Kernel, row_groups: int) -> tuple[Any, ...]:
-    """Return a kernel's tables on a device, copied there once."""
+    """Return a kernel's tables on a device, copied there once, whatever the stream."""
     rows = kernel.row_tables(row_groups) if kernel.row_tables else ()
-    return tuple(_to_device(table, 0) for table in (*rows, *kernel.tables))
+    tables = tuple(to_device(table) for table in (*rows, *kernel.tables))
+    arrays.wait(0)
+    return tables
 
 
 @cache
-def _levels(device: int, fmt: Format) -> Any:
-    return _to_device(port_of(fmt.codec).levels, 0)
+def _table(device: int, fmt: Format) -> Any:
+    table = to_device(_port(fmt).table)
+    arrays.wait(0)
+    return table
 
 
-def _launch(kernel: Kernel, source, n: int, row_groups: int, out, stream) -> None:
+def _launch(kernel: Kernel, source: Any, n: int, row_groups: int, out: Any, stream: Any) -> None:
     """Run a kernel over n values; `row_groups` matters where it has tables for a row."""
     if n == 0:
         return
     grid = -(-n // kernel.values)
     tables = _constants(_device_number(), kernel, row_groups if kernel.row_tables else 0)
     scratch: tuple[Any, ...] = ()
-    if kernel.scratch_values:
-        grid = max(1, min(grid, SCRATCH_BYTES // (4 * kernel.scratch_values)))
-        scratch = (_new((grid, kernel.scratch_values), np.float32, stream),)
+    if kernel.scratch_bytes:
+        grid = min(grid, scratch_blocks(kernel))
+        scratch = (new((grid, kernel.scratch_bytes // 4), np.float32, stream),)
     kernel.function[grid, kernel.threads, stream](source, *tables, *scratch, out)
+
+
+def scratch_blocks(kernel: Kernel) -> int:
+    """Return how many blocks of threads have scratch: as many as run, or as memory allows."""
+    current = getattr(cuda, "get_current_device", None)
+    running = RESIDENT * getattr(current() if current else None, "MULTIPROCESSOR_COUNT", 1)
+    room = arrays.free_bytes() * SCRATCH_SHARE // kernel.scratch_bytes
+    return int(max(1, min(running, room)))
 
 
 def _device_number() -> int:
     """Return the number of the current device; the simulators have none."""
     current = getattr(cuda, "get_current_device", None)
     return getattr(current(), "id", 0) if current else 0
+
+
+def _encode(kernel: Kernel, source: Any, row_groups: int, packed: Any, stream: Any) -> None:
+    """Encode float32 rows on the device into uint8 rows there, both in C order."""
+    if source.size == 0:
+        return
+    target = words(flat(packed), WORD_BYTES[kernel.types[-1]])
+    _launch(kernel, flat(source), source.size, row_groups, target, stream)
+
+
+def _decode(kernel: Kernel, packed: Any, values: Any, stream: Any) -> None:
+    """Decode uint8 rows on the device into float32 rows there, both in C order."""
+    if packed.size == 0:
+        return
+    source = words(flat(packed), WORD_BYTES[kernel.types[0]])
+    _launch(kernel, source, values.size, 0, flat(values), stream)
+
+
+def _chunks(rows: int, n: int) -> Iterator[tuple[int, int]]:
+    values = int(min(CHUNK_VALUES, arrays.free_bytes() * CHUNK_SHARE // BYTES_PER_VALUE))
+    step = max(1, values // max(1, n))
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def _target(out: Any, shape: tuple[int, ...], dtype: type, there: bool, stream: Any) -> Any:
+    """Return where a result goes: `out` if it is given and right, else a new array."""
+    if out is None:
+        return new(shape, dtype, stream) if there else np.empty(shape, dtype)
+    if is_on_device(out) != there:
+        raise InputError("out", "an array on the other side", "one where the input is")
+    if there:
+        found = arrays.on_device(out, dtype, "out")
+        right = found.is_c_contiguous() and arrays.is_aligned(found, 4)
+    else:
+        found = out
+        right = isinstance(out, np.ndarray) and out.dtype == dtype and out.flags.c_contiguous
+        right = right and out.flags.writeable
+    if not right or tuple(found.shape) != tuple(shape):
+        need = f"a C-contiguous {np.dtype(dtype)} array of shape {tuple(shape)}"
+        raise InputError("out", f"shape {tuple(out.shape)}", need)
+    return found
 
 
 # --- quantize and dequantize ---------------------------------------------------------------------
@@ -141,6 +157,7 @@ def quantize(
     *,
     head_dim: int | None = None,
     side: str | None = None,
+    out: Any = None,
     stream: Any = 0,
 ) -> Any:
     """Quantise rows on the device, byte for byte as `tbq.quantize` does.
@@ -150,6 +167,7 @@ def quantize(
             the device in chunks, or anything with `__cuda_array_interface__`, used in place.
         fmt: a Format, a key, a bare name or an alias, of a format that is ported.
         head_dim, side: as for `tbq.quantize`.
+        out: uint8 (..., row_bytes), C-contiguous, where x is; a new array if there is none.
         stream: a Numba stream; the result of a device array may still be in the making.
 
     Returns:
@@ -158,31 +176,23 @@ def quantize(
     Raises:
         UnknownFormatError, AmbiguousTypeError: `fmt` names no format, or several.
         InputError: wrong dtype, layout or row length; a choice that is missing or means nothing.
-        BackendError: no device, a format that is not ported, or not enough memory.
+        BackendError: no device, or a format that is not ported; DeviceMemoryError: no room there.
     """
     fmt = _ported(get_format(fmt).at(head_dim=head_dim, side=side))
-    kernel = port_of(fmt.codec).encoder
-    if is_on_device(x):
-        source = _device(x, np.float32, "x")
-        *lead, n = source.shape
-        out = _new((*lead, fmt.row_bytes(n)), np.uint8, stream)
-        groups = n // fmt.group_values
-        flat = source.reshape(source.size), source.size, groups, out.reshape(out.size)
-        _launch(kernel, *flat, stream)
-        return out
-    source = _host(x, np.float32, "x")
-    width = fmt.row_bytes(source.shape[-1])
-    rows = source.reshape(-1, source.shape[-1])
-    out = np.empty((*source.shape[:-1], width), np.uint8)
-    packed = out.reshape(-1, width)
-    groups = rows.shape[1] // fmt.group_values
+    kernel, there = _port(fmt).encoder, is_on_device(x)
+    source = arrays.on_device(x, np.float32, "x") if there else arrays.on_host(x, np.float32, "x")
+    *lead, n = source.shape
+    width, groups = fmt.row_bytes(n), n // fmt.group_values
+    packed = _target(out, (*lead, width), np.uint8, there, stream)
+    if there:
+        _encode(kernel, contiguous(source, stream), groups, packed, stream)
+        return packed
+    rows, target = source.reshape(-1, n), packed.reshape(-1, width)
     for start, stop in _chunks(*rows.shape):
-        piece = _to_device(rows[start:stop].reshape(-1), stream)
-        result = _new(((stop - start) * width,), np.uint8, stream)
-        _launch(kernel, piece, piece.size, groups, result, stream)
-        packed[start:stop] = result.copy_to_host(stream=stream).reshape(-1, width)
-        _wait(stream)
-    return out
+        result = new((stop - start, width), np.uint8, stream)
+        _encode(kernel, to_device(rows[start:stop], stream), groups, result, stream)
+        fetch(result, stream, target[start:stop])
+    return packed
 
 
 def dequantize(
@@ -191,46 +201,32 @@ def dequantize(
     *,
     head_dim: int | None = None,
     side: str | None = None,
+    out: Any = None,
     stream: Any = 0,
 ) -> Any:
     """Dequantise rows on the device, bit for bit as `tbq.dequantize` does.
 
-    Args and errors as for `quantize`, with packed uint8 (..., row_bytes); also CorruptBlockError
-    for host arrays with an outlier beyond its block (on the device it is left out).
+    Args and errors as for `quantize`, with packed uint8 (..., row_bytes) and out float32 (..., n);
+    also CorruptBlockError for host arrays with an outlier beyond its block (on the device it is
+    left out).
     """
     fmt = _ported(get_format(fmt).at(head_dim=head_dim, side=side))
-    kernel = value_decoder(fmt.codec)
-    if is_on_device(packed):
-        source = _device(packed, np.uint8, "packed")
-        *lead, width = source.shape
-        out = _new((*lead, fmt.row_values(width)), np.float32, stream)
-        flat = source.reshape(source.size), out.size, 0, out.reshape(out.size)
-        _launch(kernel, *flat, stream)
-        return out
-    source = _host(packed, np.uint8, "packed")
-    n = fmt.row_values(source.shape[-1])
+    kernel, there = value_decoder(fmt.codec), is_on_device(packed)
+    take = arrays.on_device if there else arrays.on_host
+    source = take(packed, np.uint8, "packed")
+    *lead, width = source.shape
+    n = fmt.row_values(width)
+    values = _target(out, (*lead, n), np.float32, there, stream)
+    if there:
+        _decode(kernel, contiguous(source, stream, 4), values, stream)
+        return values
     _check_outliers(fmt, source)
-    rows = source.reshape(-1, source.shape[-1])
-    out = np.empty((*source.shape[:-1], n), np.float32)
-    values = out.reshape(-1, n)
+    rows, target = source.reshape(-1, width), values.reshape(-1, n)
     for start, stop in _chunks(len(rows), n):
-        piece = _to_device(rows[start:stop].reshape(-1), stream)
-        result = _new(((stop - start) * n,), np.float32, stream)
-        _launch(kernel, piece, result.size, 0, result, stream)
-        values[start:stop] = result.copy_to_host(stream=stream).reshape(-1, n)
-        _wait(stream)
-    return out
-
-
-def _wait(stream: Any) -> None:
-    if stream:
-        stream.synchronize()
-
-
-def _chunks(rows: int, n: int):
-    step = max(1, CHUNK_VALUES // max(1, n))
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
+        result = new((stop - start, n), np.float32, stream)
+        _decode(kernel, to_device(rows[start:stop], stream), result, stream)
+        fetch(result, stream, target[start:stop])
+    return values
 
 
 def _check_outliers(fmt: Format, packed: np.ndarray) -> None:
@@ -244,18 +240,18 @@ def _check_outliers(fmt: Format, packed: np.ndarray) -> None:
 # --- attention -----------------------------------------------------------------------------------
 
 
-def scores(q: np.ndarray, packed_k: Any, fmt: str | Format, *, stream: Any = 0) -> np.ndarray:
+def scores(q: Any, packed_k: Any, fmt: str | Format, *, out: Any = None, stream: Any = 0) -> Any:
     """Return the dot products of queries with packed keys, bit for bit as `tbq.scores` does.
 
     Args:
-        q: float32 (..., n) on the host; rotated there, once.
-        packed_k: uint8 (keys, row_bytes), on the host or on the device. One row of ktq keys is
-            copied to the host for its signs; all of them, if rows differ in their signs.
+        q: float32 (..., n), on the host or on the device.
+        packed_k: uint8 (keys, row_bytes), on the host or on the device.
         fmt: a format for keys that is ported.
+        out: float32 (..., keys), C-contiguous, where q is; a new array if there is none.
         stream: a Numba stream.
 
     Returns:
-        float32 (..., keys), on the host.
+        float32 (..., keys), where q was.
 
     Raises:
         As `quantize`; also InputError for a format that is not for keys, or another shape.
@@ -265,113 +261,184 @@ def scores(q: np.ndarray, packed_k: Any, fmt: str | Format, *, stream: Any = 0) 
         raise BackendError(
             "cuda_port", f"scores of {fmt.label} are not ported; tbq.scores has them"
         )
-    q = _host(q, np.float32, "q")
-    rows = _rows(packed_k, fmt)
-    n = fmt.row_values(rows.shape[1])
-    if q.shape[-1] != n:
-        raise InputError("q", f"rows of {q.shape[-1]} values", f"{n}, as the keys have")
-    queries = q.reshape(-1, n // fmt.group_values, fmt.group_values)
-    out = np.empty((len(queries), rows.shape[0]), np.float32)
-    levels = _levels(_device_number(), fmt)
-    for start, stop in _chunks(rows.shape[0], n):
-        piece = rows[start:stop]
-        rotated, which = rotated_queries(queries, _sign_rows(piece, fmt, stream), fmt)
-        which = np.broadcast_to(which, (stop - start, which.shape[1]))
-        device = piece if is_on_device(piece) else _to_device(piece, stream)
-        part = _new((len(queries), stop - start), np.float32, stream)
-        if part.size:
-            grid = (-(-(stop - start) // VALUE_THREADS), len(queries))
-            arguments = _to_device(rotated, stream), _to_device(which.astype(np.int32), stream)
-            flat = _readable(device, n, fmt, stream)
-            score_kernel(fmt.codec)[grid, VALUE_THREADS, stream](flat, levels, *arguments, part)
-        out[:, start:stop] = part.copy_to_host(stream=stream)
-        _wait(stream)
-    return out.reshape(*q.shape[:-1], rows.shape[0])
+    rows, keys, n = _rows(packed_k, fmt)
+    queries, lead = _given(q, "q", n, f"rows of {n} values, as the keys have", stream)
+    there = is_on_device(q)
+    result = _target(out, (*lead, keys), np.float32, there, stream)
+    if queries.size == 0 or keys == 0:
+        return result
+    turned, signs = _turned(queries, rows, fmt, stream)
+    for start, stop in _row_chunks(rows, n):
+        part = new((queries.shape[0], stop - start), np.float32, stream)
+        _score(queries, turned, signs, _piece(rows, start, stop, fmt, stream), part, fmt, stream)
+        if there:
+            target = result.reshape(queries.shape[0], keys)
+            arrays.copy(part, target[:, start:stop], stream)
+        else:
+            fetch(part, stream, result.reshape(-1, keys)[:, start:stop])
+    return result
 
 
-def _readable(rows: Any, n: int, fmt: Format, stream: Any) -> Any:
-    """Return what the kernels of attention read: packed rows, flat, or their scaled levels."""
-    flat, leveler = rows.reshape(rows.size), port_of(fmt.codec).leveler
+def _given(x: Any, name: str, n: int, need: str, stream: Any) -> tuple[Any, tuple[int, ...]]:
+    """Return float32 (rows, n) on the device, and the axes before the last."""
+    there = is_on_device(x)
+    array = arrays.on_device(x, np.float32, name) if there else arrays.on_host(x, np.float32, name)
+    *lead, length = array.shape
+    if length != n:
+        raise InputError(name, f"{length} in a row", need)
+    device = contiguous(array, stream) if there else to_device(array, stream)
+    return device.reshape(device.size // max(1, n), n), tuple(lead)
+
+
+def _rows(packed: Any, fmt: Format) -> tuple[Any, int, int]:
+    """Return packed rows where they are, how many, and their values."""
+    take = arrays.on_device if is_on_device(packed) else arrays.on_host
+    rows = take(packed, np.uint8, "packed")
+    if rows.ndim != 2:
+        raise InputError("packed rows", f"shape {rows.shape}", "two axes, (keys, row_bytes)")
+    return rows, rows.shape[0], fmt.row_values(rows.shape[1])
+
+
+def _row_chunks(rows: Any, n: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Yield what is handled at a time: all rows that are on the device, or some from the host."""
+    if is_on_device(rows):
+        yield 0, rows.shape[0]
+        return
+    start = 0
+    for _, stop in _chunks(-(-rows.shape[0] // multiple), n * multiple):
+        stop = min(stop * multiple, rows.shape[0])
+        yield start, stop
+        start = stop
+
+
+def _piece(rows: Any, start: int, stop: int, fmt: Format, stream: Any) -> Any:
+    """Return what the kernels of attention read of some rows: packed, or their scaled levels."""
+    if is_on_device(rows):
+        device = contiguous(rows, stream, 4)
+    else:
+        device = to_device(rows[start:stop], stream)
+    leveler = _port(fmt).leveler
     if leveler is None:
-        return flat
-    scaled = _new((rows.shape[0] * n,), np.float32, stream)
-    _launch(leveler, flat, scaled.size, 0, scaled, stream)
-    return scaled
+        return flat(device)
+    scaled = new((stop - start, fmt.row_values(rows.shape[1])), np.float32, stream)
+    _decode(leveler, device, scaled, stream)
+    return flat(scaled)
 
 
-def _sign_rows(rows: Any, fmt: Format, stream: Any) -> np.ndarray:
-    """Return rows on the host with the signs of all: one row if they are the same, else all."""
-    if not fmt.layout.signs:
-        return np.zeros((1, rows.shape[1]), np.uint8)
-    if is_on_device(rows) and rows.size:
-        differs = _to_device(np.zeros(1, np.int32), stream)
-        grid = -(-rows.size // fmt.block_bytes // VALUE_THREADS) + 1
-        flat = rows.reshape(rows.size)
-        checker = sign_checker(fmt.codec)[grid, VALUE_THREADS, stream]
-        checker(flat, rows.shape[1], differs)
-        found = differs.copy_to_host(stream=stream)
-        _wait(stream)
-        rows = (rows if found[0] else rows[:1]).copy_to_host(stream=stream)
-        _wait(stream)
-    return np.ascontiguousarray(rows)
+def _turned(queries: Any, rows: Any, fmt: Format, stream: Any) -> tuple[Any, Any]:
+    """Return the queries rotated by the codec, and the signs of the first key's blocks."""
+    port, n = _port(fmt), queries.shape[1]
+    groups = n // fmt.group_values
+    signs = new((groups if port.signs else 1,), np.uint32, stream)
+    if port.signs:
+        turned = new(queries.shape, np.float32, stream)
+        kernel = attention.sign_rotator(fmt.codec)
+        there = is_on_device(rows)
+        first = contiguous(rows[:1], stream, 4) if there else to_device(rows[:1], stream)
+        grid = -(-groups // attention.THREADS)
+        packed = words(flat(first), WORD_BYTES[kernel.types[0]])
+        kernel.function[grid, attention.THREADS, stream](packed, queries, turned, signs)
+    elif port.rotate is not None:
+        turned = new(queries.shape, np.float32, stream)
+        _launch(port.rotate, flat(queries), queries.size, 0, flat(turned), stream)
+    elif fmt.kernels().rotate is not None:
+        by_group = fetch(queries, stream).reshape(-1, groups, fmt.group_values)
+        none = np.zeros((1, fmt.row_bytes(n)), np.uint8)
+        turned = to_device(rotated_queries(by_group, none, fmt)[0].reshape(-1, n), stream)
+    else:
+        turned = queries
+    return turned, signs
 
 
-def weighted_sum(p: np.ndarray, packed_v: Any, fmt: str | Format, *, stream: Any = 0) -> np.ndarray:
+def _sets(count: int) -> Iterator[tuple[int, int]]:
+    """Yield (first, how many) of queries or weights that one launch handles."""
+    first = 0
+    while first < count:
+        size = max(n for n in attention.SETS if n <= count - first)
+        yield first, size
+        first += size
+
+
+def _score(
+    queries: Any, turned: Any, signs: Any, packed: Any, part: Any, fmt: Format, stream: Any
+) -> None:
+    """Set part (queries, keys) to scores of some keys."""
+    keys, width = part.shape[1], fmt.group_values
+    table = _table(_device_number(), fmt)
+    for first, size in _sets(queries.shape[0]):
+        kernel = attention.score_kernel(fmt.codec, size)
+        groups, per_block = attention.score_layout(width, size, queries.shape[1] // width)
+        batches = max(1, min(attention.BATCHES, keys // (per_block * BLOCKS_WANTED)))
+        grid = -(-keys // (per_block * batches))
+        source = _as_words(packed, kernel.types[0])
+        mine = slice(first, first + size)
+        arguments = source, table, queries[mine], turned[mine], signs, groups, batches, part[mine]
+        kernel.function[grid, kernel.threads, stream](*arguments)
+
+
+def _as_words(packed: Any, type_name: str) -> Any:
+    """Return packed rows, or levels, flat on the device, as the words that a kernel reads."""
+    return words(packed, WORD_BYTES[type_name]) if packed.dtype == np.uint8 else packed.view("u4")
+
+
+def weighted_sum(
+    p: Any, packed_v: Any, fmt: str | Format, *, out: Any = None, stream: Any = 0
+) -> Any:
     """Return weighted sums of packed values, bit for bit as `tbq.weighted_sum` does.
 
     Args:
-        p: float32 (..., keys) on the host.
+        p: float32 (..., keys), on the host or on the device.
         packed_v: uint8 (keys, row_bytes), on the host or on the device.
         fmt: a format for values that is ported.
+        out: float32 (..., n), C-contiguous, where p is; a new array if there is none.
         stream: a Numba stream.
 
     Returns:
-        float32 (..., n), on the host.
+        float32 (..., n), where p was.
 
     Raises:
         As `quantize`; also InputError for a format that is not for values, or another shape.
     """
     fmt = _ported(side_format(fmt, "V"))
-    p = _host(p, np.float32, "p")
-    rows = _rows(packed_v, fmt)
-    if p.shape[-1] != rows.shape[0]:
-        raise InputError("p", f"{p.shape[-1]} weights", f"{rows.shape[0]}, one per row of values")
+    rows, keys, n = _rows(packed_v, fmt)
+    weights, lead = _given(p, "p", keys, f"{keys} weights, one per row of values", stream)
     if not is_on_device(rows):
         _check_outliers(fmt, rows)
-    n = fmt.row_values(rows.shape[1])
-    weights = p.reshape(-1, rows.shape[0])
-    total = _to_device(np.zeros((len(weights), n), np.float32), stream)
-    if total.size:
-        levels, columns = _levels(_device_number(), fmt), -(-n // VALUE_THREADS)
-        step = max(1, CHUNK_VALUES // n // RUN_KEYS) * RUN_KEYS
-        for start in range(0, rows.shape[0], step):
-            stop = min(start + step, rows.shape[0])
-            piece = rows[start:stop]
-            device = piece if is_on_device(piece) else _to_device(piece, stream)
-            runs = -(-(stop - start) // RUN_KEYS)
-            partial = _new((runs, len(weights), n), np.float32, stream)
-            mine = _to_device(weights[:, start:stop], stream)
-            launch = sum_kernel(fmt.codec)[(columns, len(weights), runs), VALUE_THREADS, stream]
-            launch(_readable(device, n, fmt, stream), levels, mine, partial)
-            gather = attention.gather_kernel()[(columns, len(weights)), VALUE_THREADS, stream]
-            gather(partial, total)
-        if turns_back(fmt):
-            turned = _new((len(weights), n), np.float32, stream)
-            flat = total.reshape(total.size), total.size, 0, turned.reshape(turned.size)
-            _launch(port_of(fmt.codec).rotator, *flat, stream)
-            total = turned
-    result = total.copy_to_host(stream=stream)
-    _wait(stream)
-    return result.reshape(*p.shape[:-1], n)
+    there = is_on_device(p)
+    result = _target(out, (*lead, n), np.float32, there, stream)
+    sets = result.size // n
+    if sets == 0:
+        return result
+    total = to_device(np.zeros((sets, n), np.float32), stream)
+    for start, stop in _row_chunks(rows, n, RUN_KEYS):
+        if stop > start:
+            mine = weights
+            if stop - start < keys:
+                mine = new((sets, stop - start), np.float32, stream)
+                arrays.copy(weights[:, start:stop], mine, stream)
+            _add_runs(mine, _piece(rows, start, stop, fmt, stream), total, fmt, stream)
+    if turns_back(fmt):
+        turned = new((sets, n), np.float32, stream)
+        unrotate = _port(fmt).unrotate
+        assert unrotate is not None, "sums are turned back"
+        _launch(unrotate, flat(total), total.size, 0, flat(turned), stream)
+        total = turned
+    if there:
+        arrays.copy(total, result.reshape(sets, n), stream)
+        return result
+    return fetch(total, stream, result)
 
 
-def _rows(packed: Any, fmt: Format):
-    rows = (
-        _device(packed, np.uint8, "packed")
-        if is_on_device(packed)
-        else _host(packed, np.uint8, "packed")
-    )
-    if rows.ndim != 2:
-        raise InputError("packed rows", f"shape {rows.shape}", "two axes, (keys, row_bytes)")
-    fmt.row_values(rows.shape[1])
-    return rows
+def _add_runs(weights: Any, packed: Any, total: Any, fmt: Format, stream: Any) -> None:
+    """Add the runs of some keys to total (sets, n), in order."""
+    n, runs = total.shape[1], -(-weights.shape[1] // RUN_KEYS)
+    table, per_run = _table(_device_number(), fmt), n // attention.sum_slice(fmt.codec)
+    blocks = -(-per_run // attention.THREADS)
+    for first, size in _sets(total.shape[0]):
+        kernel, gather = attention.sum_kernel(fmt.codec, size), attention.gather_kernel()
+        partial = new((runs, size, n), np.float32, stream)
+        mine, source = slice(first, first + size), _as_words(packed, kernel.types[0])
+        launch = kernel.function[runs * blocks, attention.THREADS, stream]
+        launch(source, table, weights[mine], partial)
+        grid = -(-size * n // attention.THREADS)
+        gather.function[grid, attention.THREADS, stream](partial, total[mine])

@@ -13,18 +13,47 @@ import numpy as np
 from numba import config, cuda
 
 ZERO, ONE, HALF = np.float32(0.0), np.float32(1.0), np.float32(0.5)
-TWO_112 = np.float32(2.0**112)
 TINY = np.float32(1e-30)
 
 if config.ENABLE_CUDASIM:
+    from numba.np.numpy_support import as_dtype
 
     def device(function):
         """Return the function itself: what the simulator makes of one costs more than most do."""
         return function
 
+    def bounded(threads, resident):
+        """Return the decorator of a kernel; the simulator has registers enough."""
+        return cuda.jit
+
+    class LocalArrays:
+        """What `cuda.local` is in the simulator's kernels, for device functions."""
+
+        @staticmethod
+        def array(shape, dtype):
+            """Return an array of a thread's own."""
+            return np.empty(shape, as_dtype(dtype))
+
+    cuda.local = LocalArrays
+
     def barrier():
         """Wait for the other threads of the block."""
         threading.current_thread().syncthreads()
+
+    def settle():
+        """Keep reads and writes of shared memory from moving past here."""
+
+    def thread():
+        """Return the number of this thread in its block."""
+        return threading.current_thread().threadIdx.x
+
+    def block():
+        """Return the number of this block of threads."""
+        return threading.current_thread().blockIdx.x
+
+    def index(i):
+        """Return an index that is not negative."""
+        return i
 
     def mul(a, b):
         """Return a * b, float32."""
@@ -46,6 +75,10 @@ if config.ENABLE_CUDASIM:
         """Return a float32 rounded to a whole number, ties to even."""
         return np.rint(np.float32(a))
 
+    def lesser(a, b):
+        """Return the lesser of two float32, the other one of a NaN."""
+        return np.fmin(np.float32(a), np.float32(b))
+
     def mul64(a, b):
         """Return a * b, float64."""
         return np.float64(a) * np.float64(b)
@@ -58,150 +91,152 @@ if config.ENABLE_CUDASIM:
         """Return the square root of a float64."""
         return np.sqrt(np.float64(a))
 
-    def bits_of(x):
-        """Return the bits of a float32 as a non-negative integer."""
-        return int(np.float32(x).view(np.uint32))
+    def fp16_bits(x):
+        """Return the binary16 bits of a float32, to nearest even; a NaN becomes sign|0x7E00."""
+        bits = int(np.float32(x).view(np.uint32))
+        if bits & 0x7FFFFFFF > 0x7F800000:
+            return (bits >> 16) & 0x8000 | 0x7E00
+        return int(np.float32(x).astype(np.float16).view(np.uint16))
+
+    def fp16_value(h):
+        """Return the float32 value of binary16 bits."""
+        return np.float32(np.uint16(h).view(np.float16))
 
     def float_of(bits):
         """Return the float32 with these bits."""
         return np.uint32(bits).view(np.float32)
 
+    def take(words, first, count):
+        """Return `count` bits from bit `first` on of a little-endian string of 32-bit words."""
+        word = int(words[first // 32])
+        if first % 32 + count > 32:
+            word |= int(words[first // 32 + 1]) << 32
+        return (word >> (first % 32)) & ((1 << count) - 1)
+
+    def put(words, first, count, value):
+        """Set `count` bits, which are zeros, from bit `first` on of a string of words."""
+        word = int(value) << (first % 32)
+        words[first // 32] |= np.uint32(word & 0xFFFFFFFF)
+        if first % 32 + count > 32:
+            words[first // 32 + 1] |= np.uint32(word >> 32)
+
 else:
     from numba.cuda import libdevice
+    from numba.cuda.core import config as cuda_config
+
+    # It warns of few blocks of threads, which is what few values make.
+    cuda_config.CUDA_LOW_OCCUPANCY_WARNINGS = 0
+
+    def bounded(threads, resident):
+        """Return the decorator of a kernel of which so many blocks of threads have registers."""
+        return cuda.jit(launch_bounds=(threads, resident))
 
     def device(function):
-        """Return a function as device code."""
-        return cuda.jit(device=True)(function)
+        """Return a function as device code, which becomes part of what calls it."""
+        return cuda.jit(device=True, forceinline=True)(function)
 
-    @cuda.jit(device=True, inline="always")
+    @device
     def barrier():
         """Wait for the other threads of the block."""
         cuda.syncthreads()
 
-    @cuda.jit(device=True, inline="always")
+    @device
+    def settle():
+        """Keep reads and writes of shared memory from moving past here."""
+        cuda.threadfence_block()
+
+    # Numba wraps negative indices around. Where the compiler does not see that one is none, each
+    # costs instructions: numbers of threads come without a sign, and `index` takes it away.
+    @device
+    def thread():
+        """Return the number of this thread in its block."""
+        return np.int64(np.uint32(cuda.threadIdx.x))
+
+    @device
+    def block():
+        """Return the number of this block of threads."""
+        return np.int64(np.uint32(cuda.blockIdx.x))
+
+    @device
+    def index(i):
+        """Return an index that is not negative."""
+        return np.uint64(i)
+
+    @device
     def mul(a, b):
         """Return a * b, float32, never fused."""
         return libdevice.fmul_rn(a, b)
 
-    @cuda.jit(device=True, inline="always")
+    @device
     def add(a, b):
         """Return a + b, float32, never fused."""
         return libdevice.fadd_rn(a, b)
 
-    @cuda.jit(device=True, inline="always")
+    @device
     def div(a, b):
         """Return a / b, float32, correctly rounded."""
         return libdevice.fdiv_rn(a, b)
 
-    @cuda.jit(device=True, inline="always")
+    @device
     def sqrt(a):
         """Return the square root of a float32, correctly rounded."""
         return libdevice.fsqrt_rn(a)
 
-    @cuda.jit(device=True, inline="always")
+    @device
     def rint(a):
         """Return a float32 rounded to a whole number, ties to even."""
         return libdevice.rintf(a)
 
-    @cuda.jit(device=True, inline="always")
+    @device
+    def lesser(a, b):
+        """Return the lesser of two float32, the other one of a NaN."""
+        return libdevice.fminf(a, b)
+
+    @device
     def mul64(a, b):
         """Return a * b, float64, never fused."""
         return libdevice.dmul_rn(a, b)
 
-    @cuda.jit(device=True, inline="always")
+    @device
     def add64(a, b):
         """Return a + b, float64, never fused."""
         return libdevice.dadd_rn(a, b)
 
-    @cuda.jit(device=True, inline="always")
+    @device
     def sqrt64(a):
         """Return the square root of a float64, correctly rounded."""
         return libdevice.dsqrt_rn(a)
 
-    @cuda.jit(device=True, inline="always")
-    def bits_of(x):
-        """Return the bits of a float32 as a non-negative integer."""
-        return np.int64(libdevice.float_as_int(x)) & np.int64(0xFFFFFFFF)
+    @device
+    def fp16_bits(x):
+        """Return the binary16 bits of a float32, to nearest even; a NaN becomes sign|0x7E00."""
+        bits = np.int64(np.uint16(libdevice.float2half_rn(x)))
+        if x != x:  # the device's own NaN is 0x7FFF
+            bits = (np.int64(np.uint32(libdevice.float_as_int(x))) >> 16) & 0x8000 | 0x7E00
+        return bits
 
-    @cuda.jit(device=True, inline="always")
+    @device
+    def fp16_value(h):
+        """Return the float32 value of binary16 bits."""
+        return libdevice.half2float(np.int16(h))
+
+    @device
     def float_of(bits):
         """Return the float32 with these bits."""
         return libdevice.int_as_float(np.int32(bits))
 
+    @device
+    def take(words, first, count):
+        """Return `count` bits from bit `first` on of a little-endian string of 32-bit words."""
+        word = np.uint32(words[first // 32] >> np.uint32(first % 32))
+        if first % 32 + count > 32:
+            word |= np.uint32(words[first // 32 + 1] << np.uint32(32 - first % 32))
+        return np.int64(np.uint32(word & np.uint32((1 << count) - 1)))
 
-@device
-def fp16_bits(x):
-    """Return the binary16 bits of a float32, rounded to nearest even; a NaN becomes sign|0x7E00."""
-    bits = bits_of(x)
-    sign = (bits >> 16) & 0x8000
-    magnitude = bits & 0x7FFFFFFF
-    if magnitude > 0x7F800000:
-        return sign | 0x7E00
-    if magnitude >= 0x477FF000:  # 65520, the midpoint above the largest binary16
-        return sign | 0x7C00
-    if magnitude < 0x38800000:  # subnormal: adding 0.5 makes the hardware round to 2^-24
-        return sign | (bits_of(add(float_of(magnitude), HALF)) - 0x3F000000)
-    odd = (magnitude >> 13) & 1
-    return sign | ((magnitude - 0x38000000 + 0xFFF + odd) >> 13)
-
-
-@device
-def fp16_value(h):
-    """Return the float32 value of binary16 bits."""
-    magnitude = (np.int64(h) & 0x7FFF) << 13
-    if magnitude >= 0x0F800000:  # infinity or NaN
-        wide = magnitude | 0x7F800000
-    else:  # as float32 bits 2^112 too small; scaling is exact
-        wide = bits_of(mul(float_of(magnitude), TWO_112))
-    if h & 0x8000:
-        return -float_of(wide)
-    return float_of(wide)
-
-
-@device
-def load_fp16(packed, at):
-    """Return the float32 value of the binary16 at packed[at : at + 2]."""
-    return fp16_value(np.int64(packed[at]) | (np.int64(packed[at + 1]) << 8))
-
-
-@device
-def store_fp16(x, packed, at):
-    """Write a float32 as binary16 to packed[at : at + 2]."""
-    h = fp16_bits(x)
-    packed[at] = h & 0xFF
-    packed[at + 1] = h >> 8
-
-
-@device
-def load_bits(packed, at, first, count):
-    """Return up to nine bits from bit `first` on of a little-endian string at packed[at]."""
-    byte, shift = at + first // 8, first % 8
-    word = np.int64(packed[byte])
-    if shift + count > 8:
-        word |= np.int64(packed[byte + 1]) << 8
-    return (word >> shift) & ((1 << count) - 1)
-
-
-@device
-def load_code(packed, at, bits, i):
-    """Return code i of a little-endian string of codes that starts at packed[at]."""
-    return load_bits(packed, at, bits * i, bits)
-
-
-@device
-def packed_byte(codes, row, bits, k):
-    """Return byte k of the string that codes[row] make, code i at bit bits*i."""
-    byte = 0
-    for t in range(8):
-        p = 8 * k + t
-        byte |= ((codes[row, p // bits] >> (p % bits)) & 1) << t
-    return byte
-
-
-@device
-def ordered_norm(values, row, n):
-    """Return the L2 norm of values[row, :n], summed in index order."""
-    total = ZERO
-    for j in range(n):
-        total = add(total, mul(values[row, j], values[row, j]))
-    return sqrt(total)
+    @device
+    def put(words, first, count, value):
+        """Set `count` bits, which are zeros, from bit `first` on of a string of words."""
+        bits = np.uint32(value)
+        words[first // 32] |= np.uint32(bits << np.uint32(first % 32))
+        if first % 32 + count > 32:
+            words[first // 32 + 1] |= np.uint32(bits >> np.uint32(32 - first % 32))

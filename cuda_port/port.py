@@ -15,15 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from cuda_port import attention
+from cuda_port.fields import Fields
 from tbq.attention import rotates_back
 from tbq.codec import Codec
 from tbq.format import Format
 
-VALUE_THREADS = 256
 # Types of kernel arguments, as `cuda_port.signatures` spells them.
-FLOATS, BYTES, INTS = "f4[1]", "u1[1]", "i4[1]"
-FLOATS2, FLOATS3, FLOATS4, INTS2 = "f4[2]", "f4[3]", "f4[4]", "i4[2]"
+FLOATS, INTS = "f4[1]", "i4[1]"
+FLOATS2, FLOATS3 = "f4[2]", "f4[3]"
+WORDS = {1: "u1[1]", 2: "u2[1]", 4: "u4[1]"}  # packed rows, as words of so many bytes
+WORD_BYTES = {name: n_bytes for n_bytes, name in WORDS.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,11 +35,12 @@ class Kernel:
         function: what Numba made of it.
         threads: per block of threads.
         values: float32 values that a block of threads handles.
+        types: of its arguments.
         tables: arrays that it reads, copied to the device once.
         row_tables: further ones, before `tables`, that depend on the groups per row.
-        scratch_values: float32 values of scratch per block of threads, which then walks through
-            the input in strides.
-        types: of its arguments.
+        scratch_bytes: of scratch per block of threads, which then walks through the input in
+            strides.
+        turns: how often its longest loop runs, for whoever counts instructions; 0 if loops differ.
     """
 
     function: Any
@@ -47,7 +49,21 @@ class Kernel:
     types: tuple[str, ...]
     tables: tuple[np.ndarray, ...] = ()
     row_tables: Callable[[int], tuple[np.ndarray, ...]] | None = None
-    scratch_values: int = 0
+    scratch_bytes: int = 0
+    turns: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Signs:
+    """The sign bits that blocks carry.
+
+    Attributes:
+        at: where they are in a block, four bytes.
+        rotate: device function (v, signs) that rotates a group as a block with these signs does.
+    """
+
+    at: int
+    rotate: Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,20 +72,26 @@ class Port:
 
     Attributes:
         encoder: float32 to bytes.
-        level: device function (packed, base, i, levels): the scaled level of value i of the block
-            that starts at packed[base]; None where that takes a whole group, see `leveler`.
-        levels: the table that `level` reads.
+        fields: what a slice is read from; None where a level takes its whole group, see `leveler`.
+        levels: makes for slices of n values the device function (words, v, at, lut) that sets
+            v[at : at + n] to scaled levels.
+        table: the table that `levels` reads, lut.
         decoder: bytes to float32; None where the level is the value.
-        rotator: the codec's own rotation undone, float32 to float32; None where it has none, or
-            leaves it to the graph.
-        leveler: bytes to scaled levels, float32, where there is no `level`.
+        rotate: the codec's own rotation, float32 to float32; None where it has none, or its blocks
+            have signs.
+        unrotate: that undone; None where there is none, or it is left to the graph.
+        signs: what blocks say of their rotation.
+        leveler: bytes to scaled levels, float32, where there are no `fields`.
     """
 
     encoder: Kernel
-    level: Any
-    levels: np.ndarray
+    fields: Fields | None
+    levels: Callable[[int], Any] | None
+    table: np.ndarray
     decoder: Kernel | None = None
-    rotator: Kernel | None = None
+    rotate: Kernel | None = None
+    unrotate: Kernel | None = None
+    signs: Signs | None = None
     leveler: Kernel | None = None
 
 
@@ -89,67 +111,46 @@ def port_of(codec: Codec) -> Port | None:
 
 @cache
 def value_decoder(codec: Codec) -> Kernel:
-    """Return the decoder of a codec: its own, or that of a level per thread."""
+    """Return the decoder of a codec: its own, or that of a slice per thread."""
+    from cuda_port import kernels
+
     port = port_of(codec)
     if port.decoder is not None:
         return port.decoder
     if port.leveler is not None:
         return port.leveler
-    function = attention.value_decoder(port.level, codec.block_values, codec.block_bytes)
-    types = (BYTES, FLOATS, FLOATS)
-    return Kernel(function, VALUE_THREADS, VALUE_THREADS, types, (port.levels,))
+    n = min(kernels.SLICE, port.fields.values)
+    return kernels.decoder(n, port.fields, n, port.levels(n), None, port.table)
 
 
-def _read(codec: Codec) -> tuple[Any, int, int]:
-    """Return what reads a level, the values of a block and its size in what is read."""
-    port = port_of(codec)
-    if port.leveler is not None:
-        return attention.level_there, codec.block_values, codec.block_values
-    return port.level, codec.block_values, codec.block_bytes
+def kernels_of(fmt: Format) -> Iterator[tuple[str, Kernel]]:
+    """Yield every kernel of a ported format, after its operation."""
+    from cuda_port import attention
 
-
-@cache
-def score_kernel(codec: Codec) -> Any:
-    """Return the kernel of `scores`, which reads what the leveler wrote if there is one."""
-    return attention.score_kernel(*_read(codec), codec.group_blocks)
-
-
-@cache
-def sum_kernel(codec: Codec) -> Any:
-    """Return the kernel of `weighted_sum`, likewise."""
-    return attention.sum_kernel(*_read(codec))
-
-
-@cache
-def sign_checker(codec: Codec) -> Any:
-    """Return the kernel that tells whether rows differ in their sign bits."""
-    span = codec.layout.span(codec.layout.signs)
-    return attention.sign_checker(codec.block_bytes, span.start, span.stop - span.start)
-
-
-def kernels_of(fmt: Format) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
-    """Yield every kernel of a ported format: operation, Numba's function, types of arguments."""
     codec, port = fmt.codec, port_of(fmt.codec)
-    yield "quantize", port.encoder.function, port.encoder.types
-    decoder = value_decoder(codec)
-    yield "dequantize", decoder.function, decoder.types
-    if port.rotator is not None:
-        yield "rotate", port.rotator.function, port.rotator.types
+    single = {
+        "quantize": port.encoder,
+        "dequantize": value_decoder(codec),
+        "rotate": port.rotate if "K" in fmt.side else None,
+        "unrotate": port.unrotate if "V" in fmt.side else None,
+        "levels": port.leveler if port.decoder else None,
+    }
+    for operation, kernel in single.items():
+        if kernel is not None:
+            yield operation, kernel
     if fmt.sibling:
         return
-    read = BYTES
-    if port.leveler is not None:
-        read = FLOATS
-        yield "levels", port.leveler.function, port.leveler.types
     if "K" in fmt.side:
-        yield "scores", score_kernel(codec), (read, FLOATS, FLOATS4, INTS2, FLOATS2)
-        if codec.layout.signs:
-            yield "signs", sign_checker(codec), (BYTES, "i8", INTS)
+        for n in attention.SETS:
+            yield f"scores of {n}", attention.score_kernel(codec, n)
+        if port.signs:
+            yield "rotate", attention.sign_rotator(codec)
     if "V" in fmt.side:
-        yield "weighted_sum", sum_kernel(codec), (read, FLOATS, FLOATS2, FLOATS3)
-        yield "gather", attention.gather_kernel(), (FLOATS3, FLOATS2)
+        for n in attention.SETS:
+            yield f"weighted_sum of {n}", attention.sum_kernel(codec, n)
+        yield "gather", attention.gather_kernel()
 
 
 def turns_back(fmt: Format) -> bool:
     """Tell whether a weighted sum has to be rotated back."""
-    return rotates_back(fmt) and port_of(fmt.codec).rotator is not None
+    return rotates_back(fmt) and port_of(fmt.codec).unrotate is not None

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
+from unittest import mock
 
 import tbq
 from cuda_port import api
-from cuda_port.port import kernels_of
+from cuda_port.port import Kernel, kernels_of
 from tbq.format import Format
+
+SCALARS = {"f4": "float32", "u1": "uint8", "u2": "uint16", "u4": "uint32", "i4": "int32"}
 
 
 class Signature(NamedTuple):
-    """One kernel: its operation, the Python function, and its arguments as NumPy-like types."""
+    """One kernel of a format: its operation, and what it is."""
 
     fmt: Format
     operation: str
-    function: Callable
-    arguments: tuple[str, ...]
+    kernel: Kernel
 
 
 def all_kernels() -> Iterator[Signature]:
@@ -25,27 +27,39 @@ def all_kernels() -> Iterator[Signature]:
     for fmt in tbq.formats():
         for variant in fmt.variants():
             if api.ported(variant):
-                for operation, function, types in kernels_of(variant):
-                    yield Signature(variant, operation, function.py_func, types)
+                for operation, kernel in kernels_of(variant):
+                    yield Signature(variant, operation, kernel)
 
 
-def ptx(kernel: Signature, compute_capability: tuple[int, int]) -> str:
+def argument_types(kernel: Kernel) -> tuple:
+    """Return the types of a kernel's arguments as Numba's."""
+    from numba import types
+
+    return tuple(
+        types.Array(getattr(types, SCALARS[name[:2]]), int(name[3]), "C")
+        if "[" in name
+        else types.int64
+        for name in kernel.types
+    )
+
+
+def ptx(kernel: Kernel, compute_capability: tuple[int, int]) -> str:
     """Compile a kernel to PTX; needs NVVM (extra cuda12 or cuda13), but no device.
 
     numba-cuda asks the current device for its compute capability when a kernel calls a device
     function, even where it was told one; without a device it is answered here.
     """
-    from unittest import mock
-
     from numba import cuda, types
     from numba.cuda import dispatcher
 
-    scalars = {"f4": types.float32, "u1": types.uint8, "i4": types.int32}
-    arguments = tuple(
-        types.Array(scalars[name[:2]], int(name[3]), "C") if "[" in name else types.int64
-        for name in kernel.arguments
-    )
+    function = kernel.function
+    bounds = getattr(function, "targetoptions", {}).get("launch_bounds")
     device = mock.Mock(compute_capability=compute_capability)
     with mock.patch.object(dispatcher, "get_current_device", return_value=device):
-        text, _ = cuda.compile_ptx(kernel.function, types.void(*arguments), cc=compute_capability)
+        text, _ = cuda.compile_ptx(
+            getattr(function, "py_func", function),
+            types.void(*argument_types(kernel)),
+            cc=compute_capability,
+            launch_bounds=bounds,
+        )
     return text

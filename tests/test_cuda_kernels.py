@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 
 import cuda_port
 import tbq
+from cuda_port import compare
 from tbq.families import trellis
 from tbq.numerics import fp16_bits
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 if SIMULATED:
-    from cuda_port import port  # before anything takes the number from it
+    from cuda_port import attention, tiles  # before anything takes the numbers from them
 
-    port.VALUE_THREADS = 32  # threads cost the simulator more than what they do
+    tiles.MOST_THREADS, attention.THREADS = 4, 8  # threads cost it more than what they do
 if not cuda_port.is_available():
     pytest.skip("no CUDA device; test_cuda_port.py simulates one", allow_module_level=True)
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy scalars do overflow
@@ -41,7 +42,19 @@ each_kind = pytest.mark.parametrize("fmt", OF_KINDS, ids=lambda fmt: fmt.label)
 each_encoder = pytest.mark.parametrize("fmt", DRAWN, ids=lambda fmt: fmt.label)
 
 NO_CACHES = {f"tbq.families.{name}" for name in ("ternary", "small_floats", "k_quants")}
-SPECIALS = [0.0, -0.0, np.nan, np.inf, -np.inf, 1e-42, -1e-20, 65504.0, 1e30, 3e38]
+SPECIALS = [
+    0.0,
+    -0.0,
+    np.nan,
+    -np.float32(np.nan),
+    np.inf,
+    -np.inf,
+    1e-42,
+    -1e-20,
+    65504.0,
+    1e30,
+    3e38,
+]
 
 
 def shapes(fmt):
@@ -68,7 +81,10 @@ def rows(draw, fmt):
 
 
 def equal(a, b):
-    return a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+    """Equal in dtype, shape and bits; any NaN equals any other."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return not len(compare.wrong_values(a, b)) if a.dtype.kind == "f" else np.array_equal(a, b)
 
 
 def test_formats_are_ported():
@@ -107,7 +123,7 @@ def test_kernels_reproduce_the_forks_own_bytes(fmt):
 @given(st.data())
 def test_quantize_is_the_oracles(fmt, data):
     x = data.draw(rows(fmt))
-    assert equal(cuda_port.quantize(x, fmt), tbq.quantize(x, fmt))
+    assert not len(compare.wrong_bytes(fmt, cuda_port.quantize(x, fmt), tbq.quantize(x, fmt)))
 
 
 @each
@@ -186,35 +202,38 @@ def test_the_search_is_the_specifications_on_a_small_trellis(fmt, monkeypatch, r
     x = rng.standard_normal((1 if fmt.codec.outliers else 2, 128)).astype(np.float32)
     x[-1] = np.round(4 * x[-1])  # equal values: equal costs, equal outliers
     expected = walked(fmt, x, table, state_bits)
-    packed = cuda.to_device(np.zeros(expected.size, np.uint8))
-    scratch = cuda.to_device(
-        np.zeros((1, port.scratch_values(fmt.codec.bits, state_bits)), np.float32)
-    )
+    packed = cuda.to_device(np.zeros(expected.size // 2, np.uint16))
+    bits = fmt.codec.bits
+    scratch = cuda.to_device(np.zeros((1, port.scratch_values(bits, state_bits)), np.float32))
+    tables = cuda.to_device(table), cuda.to_device(port.side_by_side(table, bits))
     kernel = port.encoder(fmt.codec, state_bits, 8)
-    kernel[1, 8](cuda.to_device(x.reshape(-1)), cuda.to_device(table), scratch, packed)
-    assert np.array_equal(packed.copy_to_host().reshape(expected.shape), expected)
+    kernel[1, 8](cuda.to_device(x.reshape(-1)), *tables, scratch, packed)
+    found = packed.copy_to_host().view(np.uint8)
+    assert np.array_equal(found.reshape(expected.shape), expected)
 
 
 def test_sums_have_the_codecs_order(rng):
     """Stored norms are rounded to float16, which hides the order in nearly all blocks."""
     from numba import cuda
 
-    from cuda_port import groups
+    from cuda_port import sums
     from tbq.families.vllm import ADDED
 
-    @cuda.jit
-    def add_up(v, order, out):
-        out[0] = groups.total_of_squares(v, v.size, order)
-
     v = rng.standard_normal((20, 128)).astype(np.float32)
-    assert groups.ORDERS.keys() == ADDED.keys()
+    assert set(sums.ORDERS) == ADDED.keys()
     found = np.empty((len(ADDED), len(v)), np.float32)
-    for k, (name, order) in enumerate(groups.ORDERS.items()):
+    for k, order in enumerate(sums.ORDERS):
+        add_up = sums.squares(128, order)
+
+        @cuda.jit
+        def run(v, out, add_up=add_up):
+            out[0] = add_up(v)
+
         for i, row in enumerate(v):
             out = cuda.to_device(np.empty(1, np.float32))
-            add_up[1, 1](cuda.to_device(row), order, out)
+            run[1, 1](cuda.to_device(row), out)
             found[k, i] = out.copy_to_host()[0]
-        assert equal(found[k], ADDED[name](v * v)), name
+        assert equal(found[k], ADDED[order](v * v)), order
     assert len(np.unique(found, axis=0)) == len(ADDED)
 
 
@@ -274,6 +293,122 @@ def test_runs_of_keys_are_summed_apart(monkeypatch, rng):
     assert equal(found, tbq.weighted_sum(p, packed, "vtq2_1"))
 
 
+class Foreign:
+    """An array of another library: all that is known of it is its interface."""
+
+    def __init__(self, array):
+        self.array = array  # where it is alive
+        of_device = getattr(array, "__cuda_array_interface__", None)
+        self.__cuda_array_interface__ = of_device or {"version": 3, "data": (0, True)}
+
+
+def foreign(array):
+    """Return an array as another library has it on the device."""
+    from numba import cuda
+
+    return Foreign(array) if SIMULATED else Foreign(cuda.to_device(array))
+
+
+@pytest.fixture
+def interfaces(monkeypatch):
+    """Let the simulator, which knows no interface, read one."""
+    from numba import cuda
+
+    if SIMULATED:
+        from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
+
+        monkeypatch.setattr(cuda, "as_cuda_array", lambda x: FakeCUDAArray(x.array), raising=False)
+
+
+@pytest.mark.usefixtures("interfaces")
+def test_arrays_of_other_libraries(rng):
+    """As CuPy's and PyTorch's are: strided, read-only, of no values, on a stream."""
+    from numba import cuda
+
+    wide = rng.standard_normal((3, 2, 128)).astype(np.float32)
+    frozen = wide[:, 0].copy()
+    frozen.setflags(write=False)
+    if not SIMULATED:  # strides of the device's own arrays
+        wide = cuda.to_device(wide)
+    stream = cuda.stream()
+    for x, host in (
+        (wide[:, 1, ::2], None),
+        (wide[1:, :, :64], None),
+        (frozen, frozen),
+        (frozen[:0], frozen[:0]),
+    ):
+        host = np.ascontiguousarray(x if SIMULATED else x.copy_to_host()) if host is None else host
+        given = foreign(x) if SIMULATED or host is x else x
+        packed = cuda_port.quantize(given, "vtq2_1", stream=stream)
+        stream.synchronize()
+        assert equal(packed.copy_to_host(), tbq.quantize(host, "vtq2_1"))
+    rows = tbq.quantize(frozen, "ktq2_1")
+    every = np.repeat(rows, 2, axis=0)
+    q = foreign(frozen[:2, ::1])
+    found = cuda_port.scores(q, foreign(every) if SIMULATED else cuda.to_device(every), "ktq2_1")
+    assert equal(found.copy_to_host(), tbq.scores(frozen[:2], every, "ktq2_1"))
+
+
+def test_results_go_where_they_are_told(rng):
+    from numba import cuda
+
+    x = rng.standard_normal((2, 64)).astype(np.float32)
+    packed = np.zeros((2, 20), np.uint8)
+    assert cuda_port.quantize(x, "vtq2_1", out=packed) is packed
+    assert equal(packed, tbq.quantize(x, "vtq2_1"))
+    there = cuda.to_device(np.zeros((2, 64), np.float32))
+    cuda_port.dequantize(cuda.to_device(packed), "vtq2_1", out=there)
+    assert equal(there.copy_to_host(), tbq.dequantize(packed, "vtq2_1"))
+    p = rng.random((3, 2), dtype=np.float32)
+    total = cuda.to_device(np.zeros((3, 64), np.float32))
+    cuda_port.weighted_sum(cuda.to_device(p), packed, "vtq2_1", out=total)
+    assert equal(total.copy_to_host(), tbq.weighted_sum(p, packed, "vtq2_1"))
+    for out in (np.zeros((2, 20), np.int8), np.zeros((2, 21), np.uint8), there):
+        with pytest.raises(tbq.InputError, match="out"):
+            cuda_port.quantize(x, "vtq2_1", out=out)
+
+
+def test_memory_that_is_not_there(monkeypatch, rng):
+    """Host arrays go in smaller chunks; what has to fit and does not is refused with its size."""
+    from numba import cuda
+
+    from cuda_port import arrays
+    from cuda_port.errors import DeviceMemoryError
+
+    x = rng.standard_normal((5, 32)).astype(np.float32)
+    monkeypatch.setattr(arrays, "free_bytes", lambda: 2048)
+    assert list(api._chunks(5, 32)) == [(0, 2), (2, 4), (4, 5)]
+    assert equal(cuda_port.quantize(x, "vtq1_1"), tbq.quantize(x, "vtq1_1"))
+    there = cuda.to_device(x)
+
+    def full(*args, **options):
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr(arrays.cuda, "device_array", full)
+    with pytest.raises(DeviceMemoryError, match="30 bytes, 2048 are free: out of memory"):
+        cuda_port.quantize(there, "vtq1_1")
+
+
+def test_many_queries(rng):
+    """More than the second axis of a grid could have."""
+    keys = tbq.quantize(rng.standard_normal((2, 32)).astype("f4"), "ktq2_1")
+    q = rng.standard_normal((6 if SIMULATED else 70000, 32)).astype("f4")
+    assert equal(cuda_port.scores(q, keys, "ktq2_1"), tbq.scores(q, keys, "ktq2_1"))
+
+
+def test_only_a_nan_may_differ():
+    fmt = tbq.get_format("q4_1")
+    packed = np.zeros((1, 40), np.uint8)
+    packed.view("<u2")[0, 0] = 0x7E00
+    other = packed.copy()
+    other.view("<u2")[0, 0] = 0xFE00
+    assert not len(compare.wrong_bytes(fmt, other, packed))
+    other[0, [1, 30]] = 0x7C, 1  # no NaN any more, and a code
+    assert list(compare.wrong_bytes(fmt, other, packed)) == [1, 30]
+    y = np.array([np.nan, 0.0, -0.0], np.float32)
+    assert list(compare.wrong_values(-y, y)) == [1, 2]
+
+
 def test_empty_arrays():
     x = np.empty((0, 64), np.float32)
     packed = cuda_port.quantize(x, "vtq2_1")
@@ -306,7 +441,7 @@ def test_wrong_calls():
         (
             lambda: cuda_port.weighted_sum(np.ones(2, "f4"), np.ones((1, 20), "u1"), "vtq2_1"),
             tbq.InputError,
-            "2 weights",
+            "2 in a row",
         ),
     ):
         with pytest.raises(error, match=words):

@@ -1,8 +1,9 @@
-"""tbq and tbqp of AmesianX: a thread per group, see `cuda_port.groups`; amx3_1 is not ported.
+"""tbq and tbqp of AmesianX: a thread per cell, see `cuda_port.kernels`; amx3_1 is not ported.
 
-The arithmetic is that of `tbq.families.amesianx`. A sign, and a division by a power of two, commute
-with a factor next to them without rounding, so they are one factor here. Levels of a projected
-residual take the whole group, so attention reads levels that are written out.
+The arithmetic is that of `tbq.families.amesianx`. A cell is what the codec encodes together: a
+group, or the one or two of a latent vector and its rotary values. A sign, and a division by a power
+of two, commute with a factor next to them without rounding, so they are one factor here. Levels of
+a projected residual take the whole group, so attention reads levels that are written out.
 
 The second half of an amx3_1 block follows from sine, cosine and arc tangent in double, rounded as
 the C library does. The device has its own, which may round otherwise, so no bytes can be promised.
@@ -11,41 +12,30 @@ the C library does. The device has its own, which may round otherwise, so no byt
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
-from numba import cuda, float32
+from numba import cuda, float32, uint32
 
+from cuda_port import kernels, sums
+from cuda_port.cells import table_of
 from cuda_port.device import (
     ONE,
     ZERO,
     add,
     device,
     div,
-    load_code,
-    load_fp16,
+    fp16_bits,
+    fp16_value,
+    index,
     mul,
     sqrt,
-    store_fp16,
+    take,
 )
-from cuda_port.groups import (
-    BITS,
-    BLOCKS,
-    HADAMARD,
-    ORDERED,
-    SIZE,
-    VALUES,
-    load,
-    load_levels,
-    plan_of,
-    rotating,
-    scale,
-    store_bits,
-    store_cells,
-    threads_for,
-    total_of_squares,
-    transform,
-)
-from cuda_port.port import BYTES, FLOATS, FLOATS2, INTS, Kernel, Port
+from cuda_port.fields import Fields, reader
+from cuda_port.groups import SLICE, Plan, coder, plan_of, put_half
+from cuda_port.port import Kernel, Port
+from cuda_port.unroll import by_eights, by_ones, chain
 from tbq.codec import Codec
 from tbq.families.amesianx import (
     QJL,
@@ -58,209 +48,417 @@ from tbq.families.amesianx import (
 )
 
 NONE, DIRECT, PROJECTED = range(3)
-# Places in a plan, after those of `cuda_port.groups`. A cell is what the codec encodes together:
-# one group, or one or two and the rotary values.
-FIRST = 15
-(
-    RMS,  # whether the scale is taken of the coordinates
-    SCALES,  # of a group
-    RESIDUAL,  # NONE, DIRECT or PROJECTED
-    TWICE,  # whether there are two transforms
-    SIGNS,  # where the residual's signs are in a block
-    GROUPS,  # of a cell
-    CELL_VALUES,
-    CELL_BYTES,
-    ROPE_AT,  # where the rotary values are in a cell, -1 if there are none
-) = range(FIRST, FIRST + 9)
 
 
-def cell_plan(codec: HadamardCells, cell: Codec) -> np.ndarray:
-    """Return the plan of groups in the cells of a codec, which may be itself."""
-    plan = plan_of(codec, codec.cells.bits)
-    roped = cell is not codec
-    groups = (cell.group_values - ROPE) // codec.group_values if roped else 1
-    residual = codec.residual
-    kind = NONE if not residual else PROJECTED if residual.projected else DIRECT
-    more = [
-        *(codec.measured == "rms", codec.scales, kind, len(codec.transform.signs) > 1),
+class Shape(NamedTuple):
+    """Where the groups of a cell are.
+
+    Attributes:
+        plan: of the codec of a group.
+        kind: of its residual: NONE, DIRECT or PROJECTED.
+        rms: whether the scale is taken of the coordinates.
+        scales: of a group.
+        twice: whether there are two transforms.
+        signs: where the residual's signs are in a block.
+        values, size: of a cell, and its bytes.
+        groups: of a cell.
+        rope: where the rotary values are, -1 if there are none.
+    """
+
+    plan: Plan
+    kind: int
+    rms: bool
+    scales: int
+    twice: bool
+    signs: int
+    values: int
+    size: int
+    groups: int
+    rope: int
+
+    def block_fields(self, number: int, parts=None, whole=()) -> Fields:
+        """Return fields of block `number` of a cell; parts: its codes, if they are not given."""
+        at = number * self.plan.fields.size
+        moved = tuple((at + offset, n) for offset, n in parts or self.plan.fields.parts)
+        return Fields(self.size, self.values, moved, tuple((at + o, n) for o, n in whole))
+
+
+def shape_of(codec: HadamardCells, cell: Codec) -> Shape:
+    """Return the shape of a cell of groups of a codec, which may be itself."""
+    residual, roped = codec.residual, cell is not codec
+    return Shape(
+        plan_of(codec, codec.cells.bits),
+        NONE if not residual else PROJECTED if residual.projected else DIRECT,
+        codec.measured == "rms",
+        codec.scales,
+        len(codec.transform.signs) > 1,
         codec.layout.offset("qjl") if residual else 0,
-        *(groups, cell.group_values, cell.block_bytes * cell.group_blocks),
+        cell.group_values,
+        cell.block_bytes * cell.group_blocks,
+        (cell.group_values - ROPE) // codec.group_values if roped else 1,
         cell.layout.offset("rope") if roped else -1,
-    ]
-    assert len(plan) == FIRST
-    return np.concatenate([plan, np.array(more, np.int32)])
+    )
 
 
-def sign_table(codec: HadamardCells) -> np.ndarray:
-    """Return signs before the first transform, between the two, and before the residual's."""
-    signs, residual = codec.transform.signs, codec.residual
-    projected = byte_signs(residual.projected) if residual and residual.projected else None
-    before, between = byte_signs(signs[0]), byte_signs(signs[-1])
-    return np.stack([before, between, before if projected is None else projected])
+def each(count: int, one, unrolled: bool):
+    """Return the device function (...) that calls one(k, ...) for k < count."""
+    if unrolled:
+        return by_ones(count, one)
+
+    @device
+    def run(*args):
+        for k in range(count):
+            one(k, *args)
+
+    return run
+
+
+@cache
+def turns(width: int, digits: tuple[str, ...]):
+    """Return the device function (v): a transform, or two with signs in between."""
+    transform, twice = sums.transform(width), len(digits) > 1
+    between = byte_signs(digits[-1])
+
+    @device
+    def turn(v):
+        transform(v)
+        if twice:
+            give_signs(v, width, between)
+            transform(v)
+
+    return turn
 
 
 @device
 def give_signs(v, n, signs):
-    """Multiply v[:n] by signs."""
+    """Multiply v[:n] by factors."""
     for j in range(n):
         v[j] = mul(v[j], signs[j])
 
 
 @device
-def turn(v, n, between, twice):
-    """Transform v[:n], once or twice."""
-    transform(v, n)
-    if twice:
-        give_signs(v, n, between)
-        transform(v, n)
-
-
-@device
-def turn_twice(v, n, between, last):
-    """Transform v[:n] twice, with factors in between and after it: a `mix`."""
-    turn(v, n, between, True)
-    give_signs(v, n, last)
-
-
-@device
-def store_rope(x, at, packed, base):
-    """Write rotary values as float16."""
-    for j in range(ROPE):
-        store_fp16(x[at + j], packed, base + 2 * j)
-
-
-@device
-def load_rope(packed, base, y, at):
-    """Set y to rotary values."""
-    for j in range(ROPE):
-        y[at + j] = load_fp16(packed, base + 2 * j)
-
-
-@device
-def residual_size(v, n, kind):
-    """Return the mean of |v|, or, of what is to be projected, the norm."""
-    if kind == PROJECTED:
-        return sqrt(total_of_squares(v, n, ORDERED))
+def ordered_squares(v, first, n):
+    """Return the sum of squares of v[first : first + n]."""
     total = ZERO
-    for j in range(n):
-        total = add(total, abs(v[j]))
-    return div(total, float32(n))
+    for j in range(first, first + n):
+        total = add(total, mul(v[j], v[j]))
+    return total
+
+
+# --- encoder -------------------------------------------------------------------------------------
 
 
 @cache
-def encoder(width: int):
-    """Return the kernel (x, plan, signs, edges, levels, packed) for groups of so many values."""
-    pitch = width + 1
-    threads = threads_for(pitch)
+def group_coder(codec: HadamardCells, shape: Shape, group: int):
+    """Return the device function (v, row, packed, cell, lut) that encodes a group of a cell."""
+    plan, kind, rms, scales = shape.plan, shape.kind, shape.rms, shape.scales
+    width, values, blocks = plan.width, plan.fields.values, plan.blocks
+    before, turn = byte_signs(codec.transform.signs[0]), turns(width, codec.transform.signs)
+    transform, part = sums.transform(width), width // scales
+    divisor, counted = np.float32(part if rms else 1), np.float32(width)
+    projected = before if kind != PROJECTED else byte_signs(codec.residual.projected)
+    numbers = range(group * blocks, (group + 1) * blocks)
+    code_all = chain(_block_coder(shape, number, group) for number in numbers)
+    store_all = chain(_block_storer(shape, number, group) for number in numbers)
+    assert values * blocks == width
 
-    @cuda.jit
-    def encode(x, plan, signs, edges, levels, packed):
-        rows = cuda.shared.array((threads, pitch), float32)
-        scales = cuda.shared.array((threads, 2), float32)
-        groups, cell_values = int(plan[GROUPS]), int(plan[CELL_VALUES])
-        number = cuda.grid(1)
-        cell, part = number // groups, number % groups
-        if cell * cell_values < x.size:
-            v, own = rows[cuda.threadIdx.x], scales[cuda.threadIdx.x]
-            size, blocks, kind = int(plan[SIZE]), int(plan[BLOCKS]), int(plan[RESIDUAL])
-            start = cell * int(plan[CELL_BYTES])
-            base = start + part * blocks * size
-            load(x, cell * cell_values + part * width, width, v)
-            give_signs(v, width, signs[0])
-            coordinates(v, width, plan, signs[1], own)
-            store_cells(v, width, edges, levels, plan, packed, base, kind != NONE)
-            second = ZERO
-            if kind != NONE:
-                second = residual_size(v, width, kind)
-                if kind == PROJECTED:
-                    give_signs(v, width, signs[2])
-                    transform(v, width)
-            for b in range(blocks):
-                mine = own[b if plan[SCALES] > 1 else 0]
-                at, values = base + b * size, int(plan[VALUES])
-                if mine < TINY:
-                    for k in range(size):
-                        packed[at + k] = 0
-                else:
-                    store_fp16(abs(mine), packed, at)  # see the specification
-                    if kind != NONE:
-                        store_fp16(abs(mul(second, mine)), packed, at + 2)
-                        signs_of = v[b * values : (b + 1) * values]
-                        store_bits(signs_of, values, ZERO, packed, at + int(plan[SIGNS]))
-            if plan[ROPE_AT] >= 0 and part == 0:
-                store_rope(x, (cell + 1) * cell_values - ROPE, packed, start + int(plan[ROPE_AT]))
+    @device
+    def encode(v, row, packed, cell, lut):
+        own = cuda.local.array(2, float32)
+        give_signs(v, width, before)
+        if rms:
+            turn(v)
+        for k in range(scales):
+            own[k] = sqrt(div(ordered_squares(v, k * part, part), divisor))
+            inverse = div(ONE, own[k])
+            for j in range(k * part, (k + 1) * part):
+                v[j] = mul(v[j], inverse)
+        if not rms:
+            turn(v)
+        for j in range(width):
+            row[j] = v[j]
+        code_all(row, packed, cell, lut)
+        second = ZERO
+        if kind != NONE:
+            for j in range(width):
+                v[j] = row[j]
+        if kind == PROJECTED:
+            second = sqrt(ordered_squares(v, 0, width))
+            give_signs(v, width, projected)
+            transform(v)
+            for j in range(width):
+                row[j] = v[j]
+        if kind == DIRECT:
+            for j in range(width):
+                second = add(second, abs(v[j]))
+            second = div(second, counted)
+        store_all(row, packed, cell, own, second)
 
     return encode
 
 
-@device
-def coordinates(v, n, plan, between, scales):
-    """Turn v[:n], which has its signs, into coordinates; set the scales."""
-    count = int(plan[SCALES])
-    if plan[RMS]:
-        turn(v, n, between, plan[TWICE])
-    size = n // count
-    divisor = float32(size) if plan[RMS] else ONE
-    for k in range(count):
-        own = v[k * size : (k + 1) * size]
-        scales[k] = sqrt(div(total_of_squares(own, size, ORDERED), divisor))
-        scale(own, size, div(ONE, scales[k]))
-    if not plan[RMS]:
-        transform(v, n)
+def _block_coder(shape: Shape, number: int, group: int):
+    """Return the device function (row, packed, cell, lut) that codes a block's coordinates."""
+    values, blocks = shape.plan.fields.values, shape.plan.blocks
+    first, fields = number % blocks * values, shape.block_fields(number)
+    plan = shape.plan._replace(width=values, blocks=1, fields=fields)
+    code = coder(plan, "nothing" if shape.kind == NONE else "rest")
+
+    @device
+    def code_block(row, packed, cell, lut):
+        code(row[first : first + values], packed, cell, lut)
+
+    return code_block
 
 
-@device
-def load_unscaled(packed, base, levels, plan, projected, n, v):
-    """Set v[:n] to what the group at packed[base] holds before it is transformed."""
-    kind, values, size = int(plan[RESIDUAL]), int(plan[VALUES]), int(plan[SIZE])
-    if kind == NONE:
-        load_levels(packed, base, levels, plan, n, v)
-        for j in range(n):
-            v[j] = mul(v[j], load_fp16(packed, base + j // values * size))
-        return
-    for j in range(n):
-        at = base + j // values * size
-        v[j] = ONE if load_code(packed, at + int(plan[SIGNS]), 1, j % values) else -ONE
-    if kind == PROJECTED:
-        transform(v, n)
-    for j in range(n):
-        at = base + j // values * size
-        code = load_code(packed, at + 4, int(plan[BITS]), j % values)
-        level = mul(levels[code], load_fp16(packed, at))
-        share = load_fp16(packed, at + 2)
-        if kind == PROJECTED:
-            share = div(mul(load_fp16(packed, base + 2), QJL), float32(n))
-            share = mul(share, projected[j])
-        v[j] = add(level, mul(share, v[j]))
+def _block_storer(shape: Shape, number: int, group: int):
+    """Return the device function (row, packed, cell, own, second): scales and residual signs."""
+    plan, kind = shape.plan, shape.kind
+    values, size, blocks = plan.fields.values, plan.fields.size, plan.blocks
+    first, scale = number % blocks * values, number % blocks if shape.scales > 1 else 0
+    signs, cell_size = shape.signs, shape.size
+
+    @device
+    def store(row, packed, cell, own, second):
+        mine, base = own[scale], cell * cell_size + number * size
+        if mine < TINY:
+            for k in range(size // 2):
+                put_half(packed, base, 2 * k, 0)
+        else:
+            put_half(packed, base, 0, fp16_bits(abs(mine)))  # see the specification
+            if kind != NONE:
+                put_half(packed, base, 2, fp16_bits(abs(mul(second, mine))))
+                for g in range(values // 16):
+                    word = 0
+                    for k in range(16):
+                        if row[index(first + 16 * g + k)] >= ZERO:
+                            word |= 1 << k
+                    put_half(packed, base, signs + 2 * g, word)
+
+    return store
 
 
 @cache
-def decoder(width: int, restores: bool):
-    """Return the kernel (packed, plan, signs, factors, levels, y): values, or scaled levels.
+def body(codec: HadamardCells, shape: Shape):
+    """Return what encodes a cell."""
+    size, rope, values = shape.size, shape.rope, shape.values
+    code_all = chain(_group_body(codec, shape, group) for group in range(shape.groups))
 
-    signs: as for the encoder; factors: those after all transforms.
-    """
-    pitch = width + 1
-    threads = threads_for(pitch)
+    @device
+    def encode(v, row, packed, cell, extra, lut):
+        if rope >= 0:
+            for j in range(ROPE):
+                place = fp16_bits(row[index(values - ROPE + j)])
+                put_half(packed, cell * size, rope + 2 * j, place)
+        code_all(v, row, packed, cell, lut)
 
-    @cuda.jit
-    def decode(packed, plan, signs, factors, levels, y):
-        rows = cuda.shared.array((threads, pitch), float32)
-        groups, cell_values = int(plan[GROUPS]), int(plan[CELL_VALUES])
-        number = cuda.grid(1)
-        cell, part = number // groups, number % groups
-        if cell * cell_values < y.size:
-            v, start = rows[cuda.threadIdx.x], cell * int(plan[CELL_BYTES])
-            base = start + part * int(plan[BLOCKS]) * int(plan[SIZE])
-            load_unscaled(packed, base, levels, plan, signs[2], width, v)
-            if restores:
-                turn(v, width, signs[1], plan[TWICE])
+    return encode
+
+
+def _group_body(codec: HadamardCells, shape: Shape, group: int):
+    width, lone = shape.plan.width, shape.groups == 1 and shape.rope < 0
+    encode = group_coder(codec, shape, group)
+
+    @device
+    def encode_group(v, row, packed, cell, lut):
+        if lone:
+            encode(v, row, packed, cell, lut)
+        else:
+            part = row[group * width : (group + 1) * width]
+            encode(part, part, packed, cell, lut)
+
+    return encode_group
+
+
+# --- decoder -------------------------------------------------------------------------------------
+
+
+@cache
+def slice_levels(fields: Fields, bits: int, kind: int, unit):
+    """Return what makes `levels` where they are a slice's own: unscaled ones, times `unit`."""
+
+    @cache
+    def of(n: int):
+        starts = fields.starts(n)
+        at_signs, at_scale, at_second = starts[1], starts[len(fields.parts)], starts[-1]
+
+        @device
+        def eight(first, words, v, at, lut):
+            d = fp16_value(take(words, at_scale, 16))
+            for k in range(first, first + 8):
+                level = mul(lut[index(take(words, bits * k, bits))], d)
+                if kind == DIRECT:
+                    share = fp16_value(take(words, at_second, 16))
+                    level = add(level, share if take(words, at_signs + k, 1) else -share)
+                v[index(at + k)] = mul(level, unit)
+
+        return by_eights(n, eight)
+
+    return of
+
+
+def slice_fields(shape: Shape, number: int) -> Fields:
+    """Return codes, signs of a residual, and scales of block `number` of a cell."""
+    if shape.kind == NONE:
+        return shape.block_fields(number, whole=((0, 2),))
+    parts = (*shape.plan.fields.parts, (shape.signs, 1))
+    return shape.block_fields(number, parts, ((0, 2), (2, 2)))
+
+
+@cache
+def group_filler(codec: HadamardCells, shape: Shape, group: int, restores: bool):
+    """Return the device function (packed, cell, v, lut): v the values of a group, or its levels."""
+    plan, signs = shape.plan, codec.transform.signs
+    width, blocks, registers = plan.width, plan.blocks, shape.values <= kernels.REGISTER_VALUES
+    numbers = range(group * blocks, (group + 1) * blocks)
+    if shape.kind == PROJECTED:
+        fill = _projected_filler(codec, shape, group, numbers, registers)
+    else:
+        fill = chain(_block_filler(shape, number, registers) for number in numbers)
+    turn = turns(width, signs[::-1] if len(signs) < 2 else (signs[0], signs[1]))
+    after = byte_signs(signs[0]) / np.float32(codec.transform.divisor)
+    unit = np.float32(codec.transform.scale)
+
+    @device
+    def decode(packed, cell, v, lut):
+        fill(packed, cell, v, lut)
+        if restores:
+            turn(v)
+            give_signs(v, width, after)
+        else:
             for j in range(width):
-                y[cell * cell_values + part * width + j] = mul(v[j], factors[j])
-            if plan[ROPE_AT] >= 0 and part == 0:
-                load_rope(packed, start + int(plan[ROPE_AT]), y, (cell + 1) * cell_values - ROPE)
+                v[j] = mul(v[j], unit)
 
     return decode
+
+
+def _block_filler(shape: Shape, number: int, registers: bool):
+    """Return the device function (packed, cell, v, lut) that sets v to unscaled levels."""
+    values, fields = shape.plan.fields.values, slice_fields(shape, number)
+    read, count = reader(fields, SLICE), fields.words(SLICE)
+    first = number % shape.plan.blocks * values
+    levels = slice_levels(fields, shape.plan.bits, shape.kind, ONE)(SLICE)
+
+    @device
+    def one(s, packed, cell, v, lut):
+        words = cuda.local.array(count, uint32)
+        read(packed, cell, s, words)
+        levels(words, v, first + s * SLICE, lut)
+
+    return each(values // SLICE, one, registers)
+
+
+def _projected_filler(codec, shape: Shape, group: int, numbers, registers: bool):
+    """Return the same where the residual's signs are transformed first."""
+    width, values, blocks = shape.plan.width, shape.plan.fields.values, shape.plan.blocks
+    transform, counted = sums.transform(width), np.float32(width)
+    signs_of = chain(_sign_filler(shape, number, registers) for number in numbers)
+    projected = byte_signs(codec.residual.projected)
+    add_all = chain(_level_adder(shape, number, projected, registers) for number in numbers)
+    second = shape.block_fields(group * blocks, whole=((2, 2),))._replace(parts=())
+    read, count = reader(second, shape.values), second.words(shape.values)
+    assert values * blocks == width
+
+    @device
+    def fill(packed, cell, v, lut):
+        words = cuda.local.array(count, uint32)
+        signs_of(packed, cell, v)
+        transform(v)
+        read(packed, cell, 0, words)
+        share = div(mul(fp16_value(take(words, 0, 16)), QJL), counted)
+        add_all(packed, cell, v, lut, share)
+
+    return fill
+
+
+def _sign_filler(shape: Shape, number: int, registers: bool):
+    """Return the device function (packed, cell, v) that sets v to the residual's signs."""
+    values, fields = shape.plan.fields.values, shape.block_fields(number, ((shape.signs, 1),))
+    read, count, first = reader(fields, SLICE), fields.words(SLICE), number % shape.plan.blocks
+    at = first * values
+
+    @device
+    def eight(first, words, v, place):
+        for k in range(first, first + 8):
+            v[index(place + k)] = ONE if take(words, k, 1) else -ONE
+
+    all_signs = by_eights(SLICE, eight)
+
+    @device
+    def one(s, packed, cell, v):
+        words = cuda.local.array(count, uint32)
+        read(packed, cell, s, words)
+        all_signs(words, v, at + s * SLICE)
+
+    return each(values // SLICE, one, registers)
+
+
+def _level_adder(shape: Shape, number: int, projected: np.ndarray, registers: bool):
+    """Return the device function (packed, cell, v, lut, share): v levels and shares of signs."""
+    values, fields = shape.plan.fields.values, shape.block_fields(number, whole=((0, 2),))
+    read, count, bits = reader(fields, SLICE), fields.words(SLICE), shape.plan.bits
+    at_scale, at = fields.starts(SLICE)[-1], number % shape.plan.blocks * values
+
+    @device
+    def eight(first, words, v, place, lut, share):
+        d = fp16_value(take(words, at_scale, 16))
+        for k in range(first, first + 8):
+            j = index(place + k)
+            level = mul(lut[index(take(words, bits * k, bits))], d)
+            v[j] = add(level, mul(mul(share, projected[j]), v[j]))
+
+    levels = by_eights(SLICE, eight)
+
+    @device
+    def one(s, packed, cell, v, lut, share):
+        words = cuda.local.array(count, uint32)
+        read(packed, cell, s, words)
+        levels(words, v, at + s * SLICE, lut, share)
+
+    return each(values // SLICE, one, registers)
+
+
+@device
+def rope_eight(first, words, v, at):
+    """Set eight rotary values."""
+    for j in range(first, first + 8):
+        v[index(at + j)] = fp16_value(take(words, 16 * j, 16))
+
+
+load_rope = by_eights(ROPE, rope_eight)
+
+
+@cache
+def filler(codec: HadamardCells, shape: Shape, restores: bool):
+    """Return the device function (packed, cell, v, lut) that decodes a cell."""
+    rope, values = shape.rope, shape.values
+    whole = Fields(shape.size, values, (), ((rope, 2 * ROPE),) if rope >= 0 else ())
+    read, count = reader(whole, values), whole.words(values)
+    fill_all = chain(_group_part(codec, shape, k, restores) for k in range(shape.groups))
+
+    @device
+    def fill(packed, cell, v, lut):
+        fill_all(packed, cell, v, lut)
+        if rope >= 0:
+            words = cuda.local.array(count, uint32)
+            read(packed, cell, 0, words)
+            load_rope(words, v, values - ROPE)
+
+    return fill
+
+
+def _group_part(codec: HadamardCells, shape: Shape, group: int, restores: bool):
+    width, lone = shape.plan.width, shape.groups == 1 and shape.rope < 0
+    fill = group_filler(codec, shape, group, restores)
+
+    @device
+    def fill_part(packed, cell, v, lut):
+        if lone:
+            fill(packed, cell, v, lut)
+        else:
+            fill(packed, cell, v[group * width : (group + 1) * width], lut)
+
+    return fill_part
 
 
 def right(codec: HadamardCells) -> bool:
@@ -276,30 +474,47 @@ def port(codec: Codec) -> Port | None:
     inner = codec.latent if isinstance(codec, LatentAndRope) else codec
     if not isinstance(inner, HadamardCells) or not right(inner):
         return None
-    width, plan, signs = inner.group_values, cell_plan(inner, codec), sign_table(inner)
-    levels, unit = inner.cells.levels, inner.transform.scale
-    per_group = codec.group_values // int(plan[GROUPS])
+    shape = shape_of(inner, codec)
+    levels = np.float32(inner.cells.levels).reshape(-1)
+    table = table_of(levels, inner.cells.edges)
+    encode = kernels.encoder(shape.values, body(inner, shape), table, 2)
 
-    def kernel(function, types, tables) -> Kernel:
-        threads = threads_for(width + 1)
-        return Kernel(function, threads, threads * per_group, types, tables)
+    def decoder(restores: bool) -> Kernel:
+        unit = slice_fields(shape, 0).unit(SLICE)
+        return kernels.group_decoder(shape.values, filler(inner, shape, restores), levels, unit)
 
-    types = (FLOATS, INTS, FLOATS2, FLOATS, FLOATS, BYTES)
-    encode = kernel(encoder(width), types, (plan, signs, inner.cells.edges, levels))
-    types = (BYTES, INTS, FLOATS2, FLOATS, FLOATS, FLOATS)
-    after = signs[0] / np.float32(inner.transform.divisor)
-    decode = kernel(decoder(width, True), types, (plan, signs, after, levels))
-    flat = np.full(width, unit, np.float32)
-    leveler = kernel(decoder(width, False), types, (plan, signs, flat, levels))
-    return Port(encode, None, levels, decode, rotation_back(inner, codec), leveler)
+    own = own_levels(inner, shape) if inner is codec else (None, None)
+    leveler = None if own[0] else decoder(False)
+    turns = rotations(inner) if inner is codec else (None, None)
+    return Port(encode, *own, levels, decoder(True), *turns, leveler=leveler)
 
 
-def rotation_back(inner: HadamardCells, codec: Codec) -> Kernel | None:
-    """Return the kernel of `unrotate`; None for latent vectors, which are keys only."""
-    if inner is not codec:
-        return None
-    before, *between = map(byte_signs, inner.transform.signs)
-    last = before * inner.transform.scale
-    if between:
-        return rotating(codec, (turn_twice, 1), (between[0], last))
-    return rotating(codec, HADAMARD, (np.ones_like(before), last))
+def own_levels(codec: HadamardCells, shape: Shape):
+    """Return fields and `levels` where slices have their own; None where the whole group counts."""
+    if shape.kind == PROJECTED:
+        return None, None
+    alone = shape._replace(values=shape.plan.fields.values, size=shape.plan.fields.size)
+    fields = slice_fields(alone, 0)
+    unit = np.float32(codec.transform.scale)
+    return fields, slice_levels(fields, shape.plan.bits, shape.kind, unit)
+
+
+def rotations(codec: HadamardCells) -> tuple[Kernel, Kernel]:
+    """Return the kernels of `rotate` and `unrotate`."""
+    width, signs, scale = codec.group_values, codec.transform.signs, codec.transform.scale
+    before, turn = byte_signs(signs[0]), turns(width, signs)
+    last = before * np.float32(scale)
+    unit = np.full(width, scale, np.float32)
+
+    @device
+    def rotate(v):
+        give_signs(v, width, before)
+        turn(v)
+        give_signs(v, width, unit)
+
+    @device
+    def unrotate(v):
+        turn(v)
+        give_signs(v, width, last)
+
+    return kernels.rotator(width, rotate), kernels.rotator(width, unrotate)

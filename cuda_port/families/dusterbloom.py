@@ -9,14 +9,14 @@ import numpy as np
 
 from cuda_port.groups import (
     DIVIDED,
-    HADAMARD,
     decoding,
     encoding,
     exceeding,
-    level_of,
+    hadamard,
+    levels_of,
     plan_of,
-    rotating,
 )
+from cuda_port.kernels import rotator
 from cuda_port.port import Port
 from tbq.families.dusterbloom import MIN_NORM, QK, SignedHadamard
 from tbq.numerics import word_signs
@@ -30,20 +30,20 @@ def port(codec: SignedHadamard) -> Port | None:
     plan = plan_of(
         codec,
         cells.bits,
+        least=MIN_NORM,
         total=codec.total,
         scaling=DIVIDED,
         last=False,
         corrected=codec.corrected,
     )
-    turn, back = (
-        (signs, ones * np.float32(codec.forward)),
-        (ones, signs * np.float32(codec.backward)),
-    )
-    edges = exceeding(cells.edges)
+    forward, backward = np.float32(codec.forward), np.float32(codec.backward)
+    back = hadamard(ones, signs * backward)
     return Port(
-        encoding(codec, plan, HADAMARD, MIN_NORM, turn, edges, cells.levels),
-        level_of(plan),
-        cells.levels,
-        decoding(codec, plan, HADAMARD, back, cells.levels),
-        rotating(codec, HADAMARD, back),
+        encoding(plan, hadamard(signs, ones * forward), exceeding(cells.edges), cells.levels),
+        plan.fields,
+        levels_of(plan),
+        np.float32(cells.levels).reshape(-1),
+        decoding(plan, back, cells.levels),
+        rotator(QK, hadamard(signs, ones * backward)),
+        rotator(QK, back),
     )

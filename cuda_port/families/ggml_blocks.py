@@ -1,4 +1,4 @@
-"""q4_0, q4_1, q5_0, q5_1, q8_0 and iq4_nl, a thread per block.
+"""q4_0, q4_1, q5_0, q5_1, q8_0 and iq4_nl, a thread per block, see `cuda_port.kernels`.
 
 The arithmetic is that of `tbq.families.ggml_blocks`.
 """
@@ -8,10 +8,28 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
-from numba import cuda, float32
+from numba import cuda, float32, uint32
 
-from cuda_port.device import HALF, ONE, ZERO, add, device, div, load_fp16, mul, rint, store_fp16
-from cuda_port.port import BYTES, FLOATS, VALUE_THREADS, Kernel, Port
+from cuda_port import kernels
+from cuda_port.device import (
+    HALF,
+    ONE,
+    ZERO,
+    add,
+    device,
+    div,
+    float_of,
+    fp16_bits,
+    fp16_value,
+    index,
+    mul,
+    put,
+    rint,
+    take,
+)
+from cuda_port.fields import Fields, whole_block, write_unit, writer
+from cuda_port.port import Port
+from cuda_port.unroll import by_eights
 from tbq.codec import Codec
 from tbq.families.ggml_blocks import (
     BYTE_STEPS,
@@ -32,18 +50,17 @@ from tbq.families.ggml_blocks import (
 FAR = np.float32(2.0**31)
 LEAST_BYTE, MOST_BYTE = np.float32(-128), np.float32(127)
 FIRST_LEVEL = np.float32(LEVELS[0])
-ZERO_CODES = ZERO_LEVEL * 17
 MIDPOINTS_COUNT = len(MIDPOINTS)
 TABLE = np.array([*LEVELS, *MIDPOINTS], np.float32)  # levels, and what is between them
 
 
 @device
-def signed_largest(x, at):
-    """Return the first value of largest magnitude of x[at : at + 32], NaN left out."""
+def signed_largest(v):
+    """Return the first value of largest magnitude of v[:32], NaN left out."""
     largest = ZERO
     for j in range(QK):
-        if abs(x[at + j]) > abs(largest):
-            largest = x[at + j]
+        if abs(v[j]) > abs(largest):
+            largest = v[j]
     return largest
 
 
@@ -61,7 +78,20 @@ def cut(steps, top):
     return min(int(steps), top)
 
 
+@device
+def clear(words, count):
+    """Set words to zeros."""
+    for k in range(count):
+        words[k] = 0
+
+
 # --- q4_0, q5_0, q4_1, q5_1 ----------------------------------------------------------------------
+
+
+@device
+def nibble_at(low_at, j):
+    """Return at which bit the low bits of code j are, if codes start at byte low_at."""
+    return 8 * (low_at + j % HALF_QK) + 4 * (j // HALF_QK)
 
 
 @cache
@@ -72,49 +102,53 @@ def _nibbles(codec: Signed | AboveMinimum):
     high_at = codec.layout.offset("qh") if five else 0
     steps = np.float32(codec.top if above else -(1 << (codec.bits - 1)))
     offset = np.float32(0.5 if above else codec.middle + 0.5)
+    fields = whole_block(size, QK)
+    write, count = writer(fields, QK), fields.words(QK)
 
     @device
     def code_of(value, least, inverse):
         return cut(add(mul(add(value, -least), inverse), offset), top)
 
-    @cuda.jit
-    def encode(x, packed):
-        block = cuda.grid(1)
-        if block * QK < x.size:
-            at, base = block * QK, block * size
-            least = ZERO
-            if above:
-                least, most = FLT_MAX, -FLT_MAX
-                for j in range(QK):
-                    least = x[at + j] if x[at + j] < least else least
-                    most = x[at + j] if x[at + j] > most else most
-                d = div(add(most, -least), steps)
-                store_fp16(least, packed, base + 2)
-            else:
-                d = div(signed_largest(x, at), steps)
-            inverse = div(ONE, d) if d != ZERO else ZERO
-            store_fp16(d, packed, base)
-            for i in range(HALF_QK // 8 if five else 0):
-                near, far = 0, 0
-                for k in range(8):
-                    j = at + 8 * i + k
-                    near |= (code_of(x[j], least, inverse) >> 4) << k
-                    far |= (code_of(x[j + HALF_QK], least, inverse) >> 4) << k
-                packed[base + high_at + i] = near
-                packed[base + high_at + 2 + i] = far
-            for j in range(HALF_QK):
-                first = code_of(x[at + j], least, inverse)
-                second = code_of(x[at + HALF_QK + j], least, inverse)
-                packed[base + low_at + j] = first & 15 | (second & 15) << 4
+    @device
+    def eight(first, v, words, least, inverse):
+        for j in range(first, first + 8):
+            code = code_of(v[j], least, inverse)
+            put(words, nibble_at(low_at, j), 4, code & 15)
+            if five:
+                put(words, 8 * high_at + j, 1, code >> 4)
+
+    code_all = by_eights(QK, eight)
 
     @device
-    def level(packed, base, i, levels):
-        code = (packed[base + low_at + i % HALF_QK] >> (4 * (i // HALF_QK))) & 15
-        if five:
-            code |= ((packed[base + high_at + i // 8] >> (i % 8)) & 1) << 4
-        value = mul(levels[code], load_fp16(packed, base))
-        return add(value, load_fp16(packed, base + 2)) if above else value
+    def encode(v, row, packed, group, extra, lut):
+        words = cuda.local.array(count, uint32)
+        clear(words, count)
+        least = ZERO
+        if above:
+            least, most = FLT_MAX, -FLT_MAX
+            for j in range(QK):
+                least = v[j] if v[j] < least else least
+                most = v[j] if v[j] > most else most
+            d = div(add(most, -least), steps)
+            put(words, 16, 16, fp16_bits(least))
+        else:
+            d = div(signed_largest(v), steps)
+        inverse = div(ONE, d) if d != ZERO else ZERO
+        put(words, 0, 16, fp16_bits(d))
+        code_all(v, words, least, inverse)
+        write(words, packed, group, 0)
 
+    @device
+    def level_eight(first, words, v, at, lut):
+        d = fp16_value(take(words, 0, 16))
+        for j in range(first, first + 8):
+            code = take(words, nibble_at(low_at, j), 4)
+            if five:
+                code |= take(words, 8 * high_at + j, 1) << 4
+            value = mul(lut[index(code)], d)
+            v[at + j] = add(value, fp16_value(take(words, 16, 16))) if above else value
+
+    level = by_eights(QK, level_eight)
     first = 0 if above else codec.middle
     return encode, level, np.arange(top + 1, dtype=np.float32) - np.float32(first)
 
@@ -123,27 +157,24 @@ def _nibbles(codec: Signed | AboveMinimum):
 
 
 @device
-def lane(x, at, k):
-    """Return what lane k of eight finds in x[at : at + 32]."""
+def lane(v, k):
+    """Return what lane k of eight finds in v[:32]."""
     largest = ZERO
     for i in range(4):
-        largest = later(largest, abs(x[at + 8 * i + k]))
+        largest = later(largest, abs(v[8 * i + k]))
     return largest
 
 
 @device
-def four(x, at, k):
+def four(v, k):
     """Return the larger of lanes k and k + 4."""
-    return later(lane(x, at, k + 4), lane(x, at, k))
+    return later(lane(v, k + 4), lane(v, k))
 
 
 @device
-def largest_of_lanes(x, at):
-    """Return the largest magnitude of x[at : at + 32] as AVX2 finds it."""
-    return later(
-        later(four(x, at, 0), four(x, at, 2)),
-        later(four(x, at, 1), four(x, at, 3)),
-    )
+def largest_of_lanes(v):
+    """Return the largest magnitude of v[:32] as AVX2 finds it."""
+    return later(later(four(v, 0), four(v, 2)), later(four(v, 1), four(v, 3)))
 
 
 @device
@@ -158,44 +189,77 @@ def away_from_zero(x):
     return whole - 1 if rest <= -HALF else whole
 
 
-@cuda.jit
-def encode_bytes(x, packed):
-    """Quantise flat float32 to q8_0."""
-    block = cuda.grid(1)
-    if block * QK < x.size:
-        at, base, largest = block * QK, block * (QK + 2), ZERO
-        for j in range(QK):
-            largest = later(largest, abs(x[at + j]))
-        d = div(largest, BYTE_STEPS)
-        inverse = div(ONE, d) if d != ZERO else ZERO
-        store_fp16(d, packed, base)
-        for j in range(QK):
-            packed[base + 2 + j] = away_from_zero(mul(x[at + j], inverse)) & 255
-
-
-@cuda.jit
-def encode_bytes_avx2(x, packed):
-    """Quantise flat float32 to q8_0 as the CPU code of caches does."""
-    block = cuda.grid(1)
-    if block * QK < x.size:
-        at, base = block * QK, block * (QK + 2)
-        largest = largest_of_lanes(x, at)
-        inverse = div(BYTE_STEPS, largest) if largest != ZERO else ZERO
-        store_fp16(div(largest, BYTE_STEPS), packed, base)
-        for j in range(QK):
-            steps = rint(mul(x[at + j], inverse))
-            if not (abs(steps) < FAR and steps > LEAST_BYTE):
-                steps = LEAST_BYTE
-            packed[base + 2 + j] = int(min(steps, MOST_BYTE)) & 255
+# The float32 with these bits and a byte's is 2^23 and the byte: no conversion, which is slow.
+BYTE_BITS, BYTE_OFFSET = 0x4B000000, np.float32(2.0**23 + 128)
+BYTES_BLOCK = Fields(QK + 2, QK, ((2, 8),), ((0, 2),))
+WRITE_BYTES, BYTE_WORDS = writer(BYTES_BLOCK, QK), BYTES_BLOCK.words(QK)
 
 
 @device
-def byte_level(packed, base, i, levels):
-    """Return value i of a block of q8_0."""
-    return mul(levels[packed[base + 2 + i]], load_fp16(packed, base))
+def round_eight(first, v, words, inverse):
+    """Put eight codes of q8_0."""
+    for j in range(first, first + 8):
+        put(words, 8 * j, 8, away_from_zero(mul(v[j], inverse)) & 255)
+
+
+@device
+def round_eight_avx2(first, v, words, inverse):
+    """Put eight codes as the CPU code of caches does."""
+    for j in range(first, first + 8):
+        steps = rint(mul(v[j], inverse))
+        if not (abs(steps) < FAR and steps > LEAST_BYTE):
+            steps = LEAST_BYTE
+        put(words, 8 * j, 8, int(min(steps, MOST_BYTE)) & 255)
+
+
+ROUND, ROUND_AVX2 = by_eights(QK, round_eight), by_eights(QK, round_eight_avx2)
+
+
+@device
+def encode_bytes(v, row, packed, group, extra, lut):
+    """Encode a block of q8_0."""
+    words = cuda.local.array(BYTE_WORDS, uint32)
+    clear(words, BYTE_WORDS)
+    largest = ZERO
+    for j in range(QK):
+        largest = later(largest, abs(v[j]))
+    d = div(largest, BYTE_STEPS)
+    put(words, 8 * QK, 16, fp16_bits(d))
+    ROUND(v, words, div(ONE, d) if d != ZERO else ZERO)
+    WRITE_BYTES(words, packed, group, 0)
+
+
+@device
+def encode_bytes_avx2(v, row, packed, group, extra, lut):
+    """Encode a block of q8_0 as the CPU code of caches does."""
+    words = cuda.local.array(BYTE_WORDS, uint32)
+    clear(words, BYTE_WORDS)
+    largest = largest_of_lanes(v)
+    put(words, 8 * QK, 16, fp16_bits(div(largest, BYTE_STEPS)))
+    ROUND_AVX2(v, words, div(BYTE_STEPS, largest) if largest != ZERO else ZERO)
+    WRITE_BYTES(words, packed, group, 0)
+
+
+@cache
+def byte_levels(n: int):
+    """Return `levels` of q8_0."""
+
+    @device
+    def eight(first, words, v, at, lut):
+        d = fp16_value(take(words, 8 * n, 16))
+        for k in range(first, first + 8):
+            whole = add(float_of(BYTE_BITS | take(words, 8 * k, 8) ^ 128), -BYTE_OFFSET)
+            v[at + k] = mul(whole, d)
+
+    return by_eights(n, eight)
 
 
 # --- iq4_nl --------------------------------------------------------------------------------------
+
+
+SIZE = HALF_QK + 2
+BLOCK = whole_block(SIZE, QK)
+WRITE, COUNT = writer(BLOCK, QK), BLOCK.words(QK)
 
 
 @device
@@ -208,70 +272,85 @@ def code_of(u, table):
 
 
 @device
-def sums(x, at, of, table):
-    """Return both sums of x[at : at + 32] under the scale whose inverse is of."""
-    u, v = ZERO, ZERO
+def sums(v, of, table):
+    """Return both sums of v[:32] under the scale whose inverse is of."""
+    u, w = ZERO, ZERO
     for j in range(QK):
-        value = x[at + j]
-        k = table[code_of(mul(of, value), table)]
+        value = v[index(j)]
+        k = table[index(code_of(mul(of, value), table))]
         wk = mul(mul(value, value), k)
         u = add(u, mul(wk, value))
-        v = add(v, mul(wk, k))
-    return u, v
+        w = add(w, mul(wk, k))
+    return u, w
+
+
+@device
+def uneven_eight(first, v, words, of, known, table):
+    """Put eight codes of iq4_nl."""
+    for j in range(first, first + 8):
+        code = code_of(mul(of, v[j]), table) if known else ZERO_LEVEL
+        put(words, nibble_at(2, j), 4, code)
+
+
+CODE_UNEVEN = by_eights(QK, uneven_eight)
 
 
 @cache
 def _uneven(searches_scale: bool):
-    """Return the encoder of iq4_nl."""
+    """Return what encodes a block of iq4_nl; the sums are taken of its row in shared memory."""
 
-    @cuda.jit
-    def encode(x, table, packed):
-        block = cuda.grid(1)
-        if block * QK < x.size:
-            at, base, d, of = block * QK, block * (HALF_QK + 2), ZERO, ZERO
-            largest = signed_largest(x, at)
-            live = abs(largest) >= LEAST_LIVE
-            if live:
-                of = div(ONE, div(-largest if searches_scale else largest, FIRST_LEVEL))
-                u, v = sums(x, at, of, table)
-                d = div(u, v) if v > ZERO else ZERO
-                best = mul(d, u)
-                for t in range(-TRIES, TRIES + 1 if searches_scale else -TRIES):
-                    u, v = sums(x, at, div(add(float32(t), FIRST_LEVEL), largest), table)
-                    if v > ZERO and mul(u, u) > mul(best, v):
-                        d = div(u, v)
-                        best = mul(d, u)
-            if searches_scale:
-                of = div(ONE, d) if d != ZERO else ZERO
-            store_fp16(d, packed, base)
-            for j in range(HALF_QK):
-                first = code_of(mul(of, x[at + j]), table)
-                second = code_of(mul(of, x[at + HALF_QK + j]), table)
-                known = live or searches_scale
-                packed[base + 2 + j] = first | second << 4 if known else ZERO_CODES
+    @device
+    def encode(v, row, packed, group, extra, lut):
+        words = cuda.local.array(COUNT, uint32)
+        clear(words, COUNT)
+        d, of = ZERO, ZERO
+        largest = signed_largest(v)
+        live = abs(largest) >= LEAST_LIVE
+        if live:
+            of = div(ONE, div(-largest if searches_scale else largest, FIRST_LEVEL))
+            u, w = sums(row, of, lut)
+            d = div(u, w) if w > ZERO else ZERO
+            best = mul(d, u)
+            for t in range(-TRIES, TRIES + 1 if searches_scale else -TRIES):
+                u, w = sums(row, div(add(float32(t), FIRST_LEVEL), largest), lut)
+                if w > ZERO and mul(u, u) > mul(best, w):
+                    d = div(u, w)
+                    best = mul(d, u)
+        if searches_scale:
+            of = div(ONE, d) if d != ZERO else ZERO
+        put(words, 0, 16, fp16_bits(d))
+        CODE_UNEVEN(v, words, of, live or searches_scale, lut)
+        WRITE(words, packed, group, 0)
 
     return encode
 
 
 @device
-def uneven_level(packed, base, i, levels):
-    """Return value i of a block of iq4_nl."""
-    code = (packed[base + 2 + i % HALF_QK] >> (4 * (i // HALF_QK))) & 15
-    return mul(levels[code], load_fp16(packed, base))
+def uneven_level_eight(first, words, v, at, lut):
+    """Set eight values of a block of iq4_nl."""
+    d = fp16_value(take(words, 0, 16))
+    for j in range(first, first + 8):
+        v[at + j] = mul(lut[index(take(words, nibble_at(2, j), 4))], d)
 
 
-def _port(encode, level, levels: np.ndarray, tables: tuple[np.ndarray, ...] = ()) -> Port:
-    types = (FLOATS, *(FLOATS for _ in tables), BYTES)
-    return Port(Kernel(encode, VALUE_THREADS, VALUE_THREADS * QK, types, tables), level, levels)
+UNEVEN_LEVELS = by_eights(QK, uneven_level_eight)
+
+
+def _port(body, fields: Fields, levels_of, levels: np.ndarray, table=None) -> Port:
+    table = np.zeros(1, np.float32) if table is None else table
+    unit = write_unit(fields)
+    return Port(kernels.encoder(QK, body, table, unit), fields, levels_of, levels)
 
 
 def port(codec: Codec) -> Port | None:
     """Return the kernels of a codec; None for wrong ones."""
     if codec in (Signed(4), Signed(5), AboveMinimum(4), AboveMinimum(5)):
-        return _port(*_nibbles(codec))
+        body, level, levels = _nibbles(codec)
+        return _port(body, whole_block(codec.block_bytes, QK), lambda n: level, levels)
     if codec in (SignedBytes(), SignedBytes(avx2=True)):
-        encode = encode_bytes_avx2 if codec.avx2 else encode_bytes
-        return _port(encode, byte_level, np.arange(256).astype(np.int8).astype(np.float32))
+        body = encode_bytes_avx2 if codec.avx2 else encode_bytes
+        return _port(body, BYTES_BLOCK, byte_levels, np.zeros(1, np.float32))
     if codec in (Uneven(), Uneven(searches_scale=True)):
-        return _port(_uneven(codec.searches_scale), uneven_level, TABLE, (TABLE,))
+        body = _uneven(codec.searches_scale)
+        return _port(body, BLOCK, lambda n: UNEVEN_LEVELS, TABLE, TABLE)
     return None

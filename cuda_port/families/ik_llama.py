@@ -6,14 +6,32 @@ The arithmetic is that of `tbq.families.ik_llama`.
 from __future__ import annotations
 
 import numpy as np
-from numba import cuda, float32
+from numba import cuda, float32, uint32
 
-from cuda_port.device import ONE, ZERO, add, device, div, load_fp16, mul, store_fp16
-from cuda_port.port import BYTES, FLOATS, VALUE_THREADS, Kernel, Port
+from cuda_port import kernels
+from cuda_port.device import (
+    ONE,
+    ZERO,
+    add,
+    device,
+    div,
+    fp16_bits,
+    fp16_value,
+    index,
+    mul,
+    put,
+    take,
+)
+from cuda_port.fields import whole_block, write_unit, writer
+from cuda_port.port import Port
+from cuda_port.unroll import by_eights
 from tbq.families.ik_llama import HALF_QK, OFFSET, QK, STEPS, TOP, SixBits
 
 SIZE = SixBits.layout.dtype.itemsize
-HIGH, LOW = SixBits.layout.offset("qh"), SixBits.layout.offset("qs")
+HIGH, LOW = 8 * SixBits.layout.offset("qh"), 8 * SixBits.layout.offset("qs")
+SCALE_AT = 8 * SixBits.layout.offset("d")
+BLOCK = whole_block(SIZE, QK)
+WRITE, COUNT = writer(BLOCK, QK), BLOCK.words(QK)
 MIDDLE, LIMIT, INFINITY = np.float32(32), np.float32(TOP), np.float32(np.inf)
 
 
@@ -27,51 +45,67 @@ def code_of(a):
 
 
 @device
-def stored_scale(x, at, s, inverse):
-    """Return the scale of least square for x[at : at + 32], s where there is none."""
-    u, v = ZERO, ZERO
+def high_at(j):
+    """Return at which bit the upper two bits of code j are."""
+    i = j % HALF_QK
+    return HIGH + 8 * (i % 8) + 4 * (i // 8) + 2 * (j // HALF_QK)
+
+
+@device
+def stored_scale(v, s, inverse):
+    """Return the scale of least square for v[:32], s where there is none."""
+    u, w = ZERO, ZERO
     for j in range(HALF_QK):
-        x0, x1 = x[at + j], x[at + HALF_QK + j]
+        x0, x1 = v[j], v[j + HALF_QK]
         a0, a1 = mul(x0, inverse), mul(x1, inverse)
         p0 = add(float32(code_of(a0)), -MIDDLE)
         p1 = add(float32(code_of(a1)), -MIDDLE)
         w0, w1 = mul(a0, a0), mul(a1, a1)
         u = add(u, add(mul(mul(w0, x0), p0), mul(mul(w1, x1), p1)))
-        v = add(v, add(mul(mul(w0, p0), p0), mul(mul(w1, p1), p1)))
-    return div(u, v) if v > ZERO else s
-
-
-@cuda.jit
-def encode(x, packed):
-    """Quantise flat float32 to q6_0."""
-    block = cuda.grid(1)
-    if block * QK < x.size:
-        at, base = block * QK, block * SIZE
-        largest = ZERO
-        for j in range(QK):
-            if abs(x[at + j]) > abs(largest):
-                largest = x[at + j]
-        s = div(largest, STEPS)
-        inverse = div(ONE, s) if s != ZERO else ZERO
-        for j in range(HALF_QK // 2):
-            high = 0
-            for part in range(2):
-                k = j + part * HALF_QK // 2
-                first = code_of(mul(x[at + k], inverse))
-                second = code_of(mul(x[at + HALF_QK + k], inverse))
-                packed[base + LOW + k] = first & 15 | (second & 15) << 4
-                high |= (first >> 4 | (second >> 4) << 2) << (4 * part)
-            packed[base + HIGH + j] = high
-        store_fp16(stored_scale(x, at, s, inverse), packed, base)
+        w = add(w, add(mul(mul(w0, p0), p0), mul(mul(w1, p1), p1)))
+    return div(u, w) if w > ZERO else s
 
 
 @device
-def level(packed, base, i, levels):
-    """Return value i of a block."""
-    j, half = i % HALF_QK, i // HALF_QK
-    low = (packed[base + LOW + j] >> (4 * half)) & 15
-    high = (packed[base + HIGH + j % 8] >> (4 * (j // 8) + 2 * half)) & 3
-    return mul(load_fp16(packed, base), levels[low | high << 4])
+def code_eight(first, v, words, inverse):
+    """Put eight codes."""
+    for j in range(first, first + 8):
+        code = code_of(mul(v[j], inverse))
+        put(words, LOW + 8 * (j % HALF_QK) + 4 * (j // HALF_QK), 4, code & 15)
+        put(words, high_at(j), 2, code >> 4)
+
+
+CODE = by_eights(QK, code_eight)
+
+
+@device
+def body(v, row, packed, group, extra, lut):
+    """Encode a block."""
+    words = cuda.local.array(COUNT, uint32)
+    for k in range(COUNT):
+        words[k] = 0
+    largest = ZERO
+    for j in range(QK):
+        if abs(v[j]) > abs(largest):
+            largest = v[j]
+    s = div(largest, STEPS)
+    inverse = div(ONE, s) if s != ZERO else ZERO
+    CODE(v, words, inverse)
+    put(words, SCALE_AT, 16, fp16_bits(stored_scale(v, s, inverse)))
+    WRITE(words, packed, group, 0)
+
+
+@device
+def level_eight(first, words, v, at, lut):
+    """Set eight values of a block."""
+    d = fp16_value(take(words, SCALE_AT, 16))
+    for j in range(first, first + 8):
+        code = take(words, LOW + 8 * (j % HALF_QK) + 4 * (j // HALF_QK), 4)
+        code |= take(words, high_at(j), 2) << 4
+        v[at + j] = mul(d, lut[index(code)])
+
+
+LEVELS = by_eights(QK, level_eight)
 
 
 def port(codec: SixBits) -> Port | None:
@@ -79,4 +113,5 @@ def port(codec: SixBits) -> Port | None:
     if codec != SixBits():
         return None
     levels = np.arange(TOP + 1, dtype=np.float32) - MIDDLE
-    return Port(Kernel(encode, VALUE_THREADS, VALUE_THREADS * QK, (FLOATS, BYTES)), level, levels)
+    encode = kernels.encoder(QK, body, np.zeros(1, np.float32), write_unit(BLOCK))
+    return Port(encode, BLOCK, lambda n: LEVELS, levels)

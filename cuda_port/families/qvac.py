@@ -8,35 +8,26 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
-from numba import cuda, float32
 
+from cuda_port import kernels, sums
+from cuda_port.cells import table_of
 from cuda_port.device import (
     ONE,
     ZERO,
     add,
     device,
     div,
-    load_code,
-    load_fp16,
+    fp16_bits,
+    fp16_value,
+    index,
     mul,
     sqrt,
-    store_fp16,
+    take,
 )
-from cuda_port.groups import (
-    ORDERED,
-    SCALE,
-    SIZE,
-    grouped,
-    hadamard,
-    load_and_measure,
-    plan_of,
-    scale,
-    store_bits,
-    store_cells,
-    threads_for,
-    total_of_squares,
-)
-from cuda_port.port import BYTES, FLOATS, INTS, Port
+from cuda_port.fields import Fields
+from cuda_port.groups import Plan, bit_coder, coder, hadamard, plan_of, put_half
+from cuda_port.port import Port
+from cuda_port.unroll import by_eights
 from tbq.families.qvac import TINY, UnitCells
 from tbq.numerics import word_signs
 
@@ -45,58 +36,71 @@ POSITIVE = np.float32(2.0**-149)  # what is greater than zero is at least this
 
 
 @cache
-def encoder(width: int, has_signs: bool):
-    """Return the kernel (x, plan, signs, ones, edges, levels, packed) for so many values."""
-    pitch = width + 1
-    threads = threads_for(pitch)
+def body(plan: Plan, turn):
+    """Return what encodes a block; `turn` precedes the residual's signs, None if there are none."""
+    width, size, place, signed = plan.width, plan.fields.size, plan.scale, turn is not None
+    measure, code = sums.squares(width, "ordered"), coder(plan, "levels")
+    store_signs = bit_coder(width, size, place + 2)
+    turned = turn if signed else measure
 
-    @cuda.jit
-    def encode(x, plan, signs, ones, edges, levels, packed):
-        rows = cuda.shared.array((threads, pitch), float32)
-        block = cuda.grid(1)
-        if block * width < x.size:
-            v, at, base = rows[cuda.threadIdx.x], block * width, block * int(plan[SIZE])
-            norm = abs(load_and_measure(x, at, width, ORDERED, v))
-            if norm < TINY:
-                for k in range(int(plan[SIZE])):
-                    packed[base + k] = 0
-                return
-            scale(v, width, div(ONE, norm))
-            store_cells(v, width, edges, levels, plan, packed, base, False)
-            place = base + int(plan[SCALE])
-            store_fp16(norm, packed, place)
-            if has_signs:
-                d = load_fp16(packed, place)
-                for j in range(width):
-                    v[j] = add(x[at + j], -mul(v[j], d))
-                rest = abs(sqrt(total_of_squares(v, width, ORDERED)))
-                hadamard(v, width, signs, ones)
-                least = INFINITY if rest < TINY else POSITIVE
-                store_bits(v, width, least, packed, place + 2)
-                store_fp16(rest, packed, base + int(plan[SIZE]) - 2)
+    @device
+    def encode(v, row, packed, group, extra, lut):
+        norm = abs(sqrt(measure(v)))
+        if norm < TINY:
+            for k in range(size // 2):
+                put_half(packed, group * size, 2 * k, 0)
+            return
+        inverse = div(ONE, norm)
+        for j in range(width):
+            row[j] = mul(v[j], inverse)
+        code(row, packed, group, lut)
+        half = fp16_bits(norm)
+        put_half(packed, group * size, place, half)
+        if signed:
+            d = fp16_value(half)
+            for j in range(width):
+                v[j] = add(v[j], -mul(row[j], d))
+            rest = abs(sqrt(measure(v)))
+            turned(v)
+            for j in range(width):
+                row[j] = v[j]
+            store_signs(row, INFINITY if rest < TINY else POSITIVE, packed, group)
+            put_half(packed, group * size, size - 2, fp16_bits(rest))
 
     return encode
 
 
 @cache
-def level_at(bits: int, at: int):
-    """Return the device function (packed, base, i, levels): the scaled level of value i."""
+def levels_of(fields: Fields, bits: int):
+    """Return what makes `levels`: centroids times the scale, zeros where that is tiny."""
 
-    @device
-    def level(packed, base, i, levels):
-        d = load_fp16(packed, base + at)
-        return ZERO if abs(d) < TINY else mul(levels[load_code(packed, base, bits, i)], d)
+    @cache
+    def of(n: int):
+        at = fields.starts(n)[-1]
 
-    return level
+        @device
+        def eight(first, words, v, place, lut):
+            d = fp16_value(take(words, at, 16))
+            for k in range(first, first + 8):
+                level = mul(lut[index(take(words, bits * k, bits))], d)
+                v[place + k] = ZERO if abs(d) < TINY else level
+
+        return by_eights(n, eight)
+
+    return of
 
 
 def port(codec: UnitCells) -> Port | None:
     """Return the kernels of a format of qvac-fabric; None for wrong kernels."""
     if codec.corrected or codec.total != "ordered":
         return None
-    width, cells, ones = codec.block_values, codec.cells, np.ones(codec.block_values, np.float32)
-    signs = word_signs(codec.signs) if codec.signs else ones
-    types = (FLOATS, INTS, FLOATS, FLOATS, FLOATS, FLOATS, BYTES)
-    tables = (plan_of(codec, cells.bits), signs, ones, cells.edges, cells.levels)
-    encode = grouped(encoder(width, bool(codec.signs)), width + 1, width, types, tables)
-    return Port(encode, level_at(cells.bits, codec.layout.offset("d")), cells.levels)
+    cells, ones = codec.cells, np.ones(codec.block_values, np.float32)
+    turn = hadamard(word_signs(codec.signs), ones) if codec.signs else None
+    plan = plan_of(codec, cells.bits)
+    table = table_of(cells.levels, cells.edges)
+    return Port(
+        kernels.encoder(plan.width, body(plan, turn), table, 2),
+        plan.fields,
+        levels_of(plan.fields, cells.bits),
+        table[: 1 << cells.bits],
+    )

@@ -1,14 +1,17 @@
 """vtq*_2, vtq*_3 and vtq3_v8: any value decodes alone; encoding is a Viterbi search per block.
 
 The arithmetic is that of `tbq.families.trellis`. Decoding: value i depends on the 16 bits of
-start‖emissions that end with emission i, so there is a thread per value. Encoding: all 2^K states
-that share their predecessors differ by what they add, and rounding is monotone, so a step needs
+start‖emissions that end with emission i. Encoding: all 2^K states that share their predecessors
+differ by what they add, and rounding is monotone, so a step needs
 
-    least[g] = the least cost of the 2^K states (g << K) + j, over j
-    cost of state s after step i = f32(least_i[s mod G] + f32((u_i - code[s])^2)),  G = 2^(16-K)
+    least[g] = the least cost of the 2^K states (g << K) + j, over j;  G = 2^(16-K) of them
+    cost of state s after step i = f32(least_i[s mod G] + f32((u_i - code[s])^2))
 
-A block of threads shares the groups of one step; the minima of all steps stay in global memory, and
-one thread retraces the walk by the C code's own rule, the first predecessor that attains the sum.
+The 2^K groups m, m + G/2^K, ... have the same 2^K predecessors, so a thread that has them reads
+2^K costs for 4^K states. Levels are read from a table in which neighbouring threads' lie side by
+side. The minima of all steps stay in global memory, where a step finds those before it in the
+cache, and one thread retraces the walk by the C code's own rule, the first predecessor that
+attains the sum.
 """
 
 from __future__ import annotations
@@ -24,26 +27,42 @@ from cuda_port.device import (
     ZERO,
     add,
     add64,
+    barrier,
+    block,
+    bounded,
     device,
     div,
-    load_fp16,
+    fp16_bits,
+    fp16_value,
+    index,
+    lesser,
     mul,
     mul64,
     sqrt64,
-    store_fp16,
+    take,
+    thread,
 )
-from cuda_port.port import BYTES, FLOATS, FLOATS2, Kernel, Port
+from cuda_port.fields import Fields
+from cuda_port.port import FLOATS, FLOATS2, WORDS, Kernel, Port
+from cuda_port.unroll import by_eights
 from tbq.families.trellis import FLT_MAX, QK, Trellis, code_table
 
-THREADS = 512
+THREADS = 256
+RESIDENT = 2  # blocks of threads that a multiprocessor's registers have to be enough for
 STATE_BITS = 16
 WALK = QK + 1  # states of a walk; shared arrays need their sizes as constants
+MOST_OUTLIERS = 8
 F64_ZERO = np.float64(0.0)
 
 
 def scratch_values(bits: int, state_bits: int = STATE_BITS) -> int:
     """Return the float32 values of scratch that one block of threads needs."""
-    return WALK << (state_bits - bits)
+    return QK << (state_bits - bits)
+
+
+def side_by_side(table: np.ndarray, bits: int) -> np.ndarray:
+    """Return the levels of states (g << bits) + j at j * G + g."""
+    return np.ascontiguousarray(table.reshape(-1, 1 << bits).T).reshape(-1)
 
 
 @device
@@ -61,86 +80,106 @@ def offsets(codec: Trellis) -> tuple[int, int, int]:
     return layout.offset("qs"), layout.offset("pos"), layout.offset("val")
 
 
+# --- encoder -------------------------------------------------------------------------------------
+
+
 @cache
 def encoder(codec: Trellis, state_bits: int = STATE_BITS, threads: int = THREADS):
-    """Return the kernel (x, table, scratch, packed): flat float32 to flat uint8.
+    """Return the kernel (x, table, by_group, scratch, packed): flat float32 to flat uint16.
 
-    table holds the level of each state; scratch is float32 (blocks of threads, scratch_values), and
-    each of them walks through the blocks in strides. `state_bits` is 16 but in tests.
+    table holds the level of each state, by_group the same `side_by_side`; scratch is float32
+    (blocks of threads, scratch_values), and each of them walks through the blocks in strides.
+    `state_bits` is 16 but in tests.
     """
-    size, bits, count = codec.block_bytes, codec.bits, codec.outliers
+    halves, bits, count = codec.block_bytes // 2, codec.bits, codec.outliers
     groups = 1 << (state_bits - bits)
     qs, pos, val = offsets(codec)
+    step, prefix, n_emitted = _step(bits, groups, threads), state_bits - bits, QK * bits // 16
 
-    @cuda.jit
-    def encode(x, table, scratch, packed):
+    @bounded(threads, RESIDENT)
+    def encode(x, table, by_group, scratch, packed):
         u = cuda.shared.array(QK, float32)
         states = cuda.shared.array(WALK, int32)
-        picked = cuda.shared.array(8, int32)
+        picked = cuda.shared.array(MOST_OUTLIERS, int32)
         shared = cuda.shared.array(2, float32)  # inverse of the norm, norm
-        best_cost = cuda.shared.array(threads, float32)
-        best_order = cuda.shared.array(threads, int32)
-        t = cuda.threadIdx.x
-        least = scratch[cuda.blockIdx.x]
-        for block in range(cuda.blockIdx.x, x.size // QK, cuda.gridDim.x):
-            base = block * size
+        costs = cuda.shared.array(threads, float32)
+        orders = cuda.shared.array(threads, int32)
+        t = thread()
+        least = scratch[index(block())]
+        number = block()
+        while number * QK < x.size:
+            base = number * halves
             for i in range(t, QK, threads):
-                u[i] = x[block * QK + i]
-            cuda.syncthreads()
+                u[index(i)] = x[index(number * QK + i)]
+            barrier()
             if t == 0:
-                pick(u, count, picked, packed, base, pos, val)
-                total = F64_ZERO
-                for i in range(QK):
-                    wide = float64(u[i])
-                    total = add64(total, mul64(wide, wide))
-                norm = float32(sqrt64(total))
+                pick(u, count, picked, packed, base, pos // 2, val // 2)
+                norm = float32(length(u))
                 shared[0], shared[1] = div(ONE, norm), norm
-            cuda.syncthreads()
-            norm = shared[1]
+            barrier()
             for i in range(t, QK, threads):
-                u[i] = mul(u[i], shared[0])
-            cuda.syncthreads()
-            # least[i * groups + g] is the least cost of a state of group g before step i
+                u[index(i)] = mul(u[index(i)], shared[0])
             for g in range(t, groups, threads):
-                least[g] = ZERO
-            cuda.syncthreads()
+                least[index(g)] = ZERO
+            barrier()
             for i in range(QK - 1):
-                for g in range(t, groups, threads):
-                    smallest = FLT_MAX
-                    for j in range(1 << bits):
-                        s = (g << bits) + j
-                        cost = add(least[i * groups + s % groups], branch(u[i], table[s]))
-                        if cost < smallest:
-                            smallest = cost
-                    least[(i + 1) * groups + g] = smallest
-                cuda.syncthreads()
-            # the end: the first least cost in the order of s mod groups, then of s // groups
-            last = (QK - 1) * groups
-            smallest, order = FLT_MAX, -1
-            for g in range(t, groups, threads):
-                for e in range(1 << bits):
-                    cost = add(least[last + g], branch(u[QK - 1], table[e * groups + g]))
-                    if cost < smallest:
-                        smallest, order = cost, (g << bits) + e
-            best_cost[t], best_order[t] = smallest, order
-            cuda.syncthreads()
+                step(u[index(i)], i * groups, least, by_group, t)
+                barrier()
+            find_end(u[QK - 1], least, table, bits, groups, threads, costs, orders, t)
             if t == 0:
-                for k in range(threads):
-                    nearer = best_cost[k] < smallest
-                    earlier = best_cost[k] == smallest and 0 <= best_order[k] < order
-                    if nearer or earlier:
-                        smallest, order = best_cost[k], best_order[k]
-                state = 0
+                order, state = orders[0], 0
                 if order >= 0:
                     state = (order & ((1 << bits) - 1)) * groups + (order >> bits)
                 states[QK] = state
                 for back in range(QK):
                     i = QK - 1 - back
-                    states[i] = predecessor(u, table, least, i, states[i + 1], bits, groups)
-                store(packed, base, norm, states, table, bits, qs, state_bits)
-            cuda.syncthreads()
+                    s = states[index(i + 1)]
+                    states[index(i)] = predecessor(u, table, least, i, s, bits, groups)
+                store_scale(packed, base, shared[1], states, table)
+            barrier()
+            for k in range(t, n_emitted, threads):
+                word = emitted(states, bits, prefix, k)
+                packed[index(base + qs // 2 + k)] = 0 if shared[1] < TINY else word
+            barrier()
+            number += cuda.gridDim.x
 
     return encode
+
+
+def _step(bits: int, groups: int, threads: int):
+    """Return the device function (u, at, least, by_group, t): the minima of one step.
+
+    least[at : at + groups] are those before it, and those after it follow.
+    """
+    choices, apart = 1 << bits, groups >> bits
+    parts = max(1, threads // apart)  # threads that share predecessors
+    each = choices // parts
+
+    @device
+    def step(u, at, least, by_group, t):
+        before = cuda.local.array(choices, float32)
+        for item in range(t, apart * parts, threads):
+            m, first = item % apart, item // apart * each
+            for j in range(choices):
+                before[j] = least[index(at + (m << bits) + j)]
+            for e in range(each):
+                g, smallest = m + (first + e) * apart, FLT_MAX
+                for j in range(choices):
+                    cost = add(before[j], branch(u, by_group[index(g + j * groups)]))
+                    smallest = lesser(smallest, cost)
+                least[index(at + groups + g)] = smallest
+
+    return step
+
+
+@device
+def length(u):
+    """Return the L2 norm of u, products and sum in double."""
+    total = F64_ZERO
+    for i in range(QK):
+        wide = float64(u[i])
+        total = add64(total, mul64(wide, wide))
+    return sqrt64(total)
 
 
 @device
@@ -163,10 +202,39 @@ def pick(u, count, picked, packed, base, pos, val):
             picked[k] = best
             found += 1
     for k in range(count):
-        packed[base + pos + k] = picked[k] if k < found else 0
-        store_fp16(u[picked[k]] if k < found else ZERO, packed, base + val + 2 * k)
+        if k >= found:
+            picked[k] = 0
+        packed[index(base + val + k)] = fp16_bits(u[picked[k]] if k < found else ZERO)
+    for k in range(count // 2):
+        packed[index(base + pos + k)] = picked[2 * k] | picked[2 * k + 1] << 8
     for k in range(found):
         u[picked[k]] = ZERO
+
+
+@device
+def find_end(u, least, table, bits, groups, threads, costs, orders, t):
+    """Set orders[0] to the first least cost, in the order of s mod groups, then of s // groups.
+
+    It is s // groups + 2^bits (s mod groups); -1 if no cost is below FLT_MAX.
+    """
+    last = (QK - 1) * groups
+    smallest, order = FLT_MAX, -1
+    for g in range(t, groups, threads):
+        for e in range(1 << bits):
+            cost = add(least[index(last + g)], branch(u, table[index(e * groups + g)]))
+            if cost < smallest:
+                smallest, order = cost, (g << bits) + e
+    costs[t], orders[t] = smallest, order
+    barrier()
+    half = threads // 2
+    while half > 0:
+        if t < half:
+            other, later = costs[t + half], orders[t + half]
+            earlier = other == costs[t] and 0 <= later < orders[t]
+            if other < costs[t] or earlier:
+                costs[t], orders[t] = other, later
+        barrier()
+        half //= 2
 
 
 @device
@@ -174,14 +242,14 @@ def cost_before(u, table, least, i, s, groups):
     """Return the cost of state s before step i."""
     if i == 0:
         return ZERO
-    cost = add(least[(i - 1) * groups + s % groups], branch(u[i - 1], table[s]))
+    cost = add(least[index((i - 1) * groups + s % groups)], branch(u[i - 1], table[index(s)]))
     return cost if cost < FLT_MAX else FLT_MAX
 
 
 @device
 def predecessor(u, table, least, i, s, bits, groups):
     """Return the first predecessor of state s after step i that attains the least sum."""
-    step = branch(u[i], table[s])
+    step = branch(u[i], table[index(s)])
     first = (s % groups) << bits
     best, smallest = first, FLT_MAX
     for j in range(1 << bits):
@@ -192,53 +260,71 @@ def predecessor(u, table, least, i, s, bits, groups):
 
 
 @device
-def store(packed, base, norm, states, table, bits, qs, state_bits):
-    """Write scale, start and emissions of a walk; zeros for a zero block."""
-    dead = norm < TINY
+def store_scale(packed, base, norm, states, table):
+    """Write scale and start of a walk; zeros for a zero block."""
     total = F64_ZERO
     for i in range(QK):
-        wide = float64(table[states[i + 1]])
+        wide = float64(table[index(states[i + 1])])
         total = add64(total, mul64(wide, wide))
     restored = float32(sqrt64(total))
     d = div(norm, restored) if restored > TINY else norm
-    store_fp16(ZERO if dead else d, packed, base)
-    packed[base + 2] = 0 if dead else states[0] & 0xFF
-    packed[base + 3] = 0 if dead else states[0] >> 8
-    for k in range(16 * bits):
-        byte = 0
-        for t in range(8):
-            p = 8 * k + t
-            emitted = states[p // bits + 1] >> (state_bits - bits)
-            byte |= ((emitted >> (p % bits)) & 1) << t
-        packed[base + qs + k] = 0 if dead else byte
+    packed[index(base)] = fp16_bits(ZERO if norm < TINY else d)
+    packed[index(base + 1)] = 0 if norm < TINY else states[0]
 
 
-def level_at(codec: Trellis):
-    """Return the device function (packed, base, i, table): value i, outliers in their places."""
-    bits, count = codec.bits, codec.outliers
-    _, pos, val = offsets(codec)
+@device
+def emitted(states, bits, prefix, k):
+    """Return word k, of 16 bits, of the emissions: the upper bits of the states after the first."""
+    word = 0
+    for b in range(16):
+        p = 16 * k + b
+        word |= ((states[index(p // bits + 1)] >> (prefix + p % bits)) & 1) << b
+    return word
 
-    @device
-    def level(packed, base, i, table):
-        first = bits * (i + 1)
-        byte, shift = base + 2 + first // 8, first % 8
-        word = np.int64(packed[byte]) | (np.int64(packed[byte + 1]) << 8)
-        if shift:
-            word |= np.int64(packed[byte + 2]) << 16
-        d = load_fp16(packed, base)
-        value = ZERO if d == ZERO else mul(table[(word >> shift) & 0xFFFF], d)
-        for k in range(count):
-            if packed[base + pos + k] == i:
-                value = load_fp16(packed, base + val + 2 * k)
-        return value
 
-    return level
+# --- levels --------------------------------------------------------------------------------------
+
+
+@cache
+def levels_of(fields: Fields, bits: int, count: int):
+    """Return what makes `levels`: those of states times scale, outliers in their places."""
+
+    @cache
+    def of(n: int):
+        _, at_scale, *rest = fields.starts(n)
+        at_pos, at_val = rest or (0, 0)
+        number = fields.words(n) - 1
+
+        @device
+        def eight(first, words, v, at, table):
+            d = fp16_value(take(words, at_scale, 16))
+            place = np.int64(words[number]) * n
+            for k in range(first, first + 8):
+                level = mul(table[index(take(words, bits * (k + 1), 16))], d)
+                value = ZERO if d == ZERO else level
+                for c in range(count):
+                    if take(words, at_pos + 8 * c, 8) == place + k:
+                        value = fp16_value(take(words, at_val + 16 * c, 16))
+                v[at + k] = value
+
+        return by_eights(n, eight)
+
+    return of
 
 
 def port(codec: Trellis) -> Port:
     """Return the kernels of a trellis format."""
+    bits, count, size = codec.bits, codec.outliers, codec.block_bytes
+    _, pos, val = offsets(codec)
+    outliers = ((pos, count), (val, 2 * count)) if count else ()
+    fields = Fields(size, QK, ((2, bits),), ((0, 2), *outliers), overlap=2)
     table = np.array(code_table())
-    types = (FLOATS, FLOATS, FLOATS2, BYTES)
-    scratch = scratch_values(codec.bits)
-    encode = Kernel(encoder(codec), THREADS, QK, types, (table,), scratch_values=scratch)
-    return Port(encode, level_at(codec), table)
+    encode = Kernel(
+        encoder(codec),
+        THREADS,
+        QK,
+        (FLOATS, FLOATS, FLOATS, FLOATS2, WORDS[2]),
+        (table, side_by_side(table, bits)),
+        scratch_bytes=4 * scratch_values(bits),
+    )
+    return Port(encode, fields, levels_of(fields, bits, count), table)

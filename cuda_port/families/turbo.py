@@ -5,46 +5,48 @@ The arithmetic is that of `tbq.families.turbo`.
 
 from __future__ import annotations
 
-import numpy as np
-from numba import cuda, float32
+from functools import cache
 
+import numpy as np
+from numba import cuda, uint32
+
+from cuda_port import kernels, sums
+from cuda_port.cells import corrected, finder, table_of
 from cuda_port.device import (
     ONE,
     ZERO,
     add,
     device,
     div,
-    load_code,
-    load_fp16,
+    fp16_bits,
+    fp16_value,
+    index,
     mul,
+    put,
     rint,
+    settle,
     sqrt,
-    store_fp16,
+    take,
 )
+from cuda_port.fields import Fields, writer
 from cuda_port.groups import (
-    HADAMARD,
-    ORDER,
-    ORDERED,
-    SIZE,
+    SLICE,
     TINY,
-    cell,
-    corrected,
+    Plan,
+    bit_coder,
+    coder,
     decoding,
     encoding,
-    grouped,
     hadamard,
     inverse_norm,
-    level_of,
-    load_and_measure,
+    levels_of,
     plan_of,
-    rotating,
+    put_half,
     scale,
-    store_bits,
-    store_word,
-    threads_for,
-    total_of_squares,
 )
-from cuda_port.port import BYTES, FLOATS, FLOATS2, INTS, Kernel, Port
+from cuda_port.kernels import rotator
+from cuda_port.port import Kernel, Port
+from cuda_port.unroll import by_eights
 from tbq.codec import Codec
 from tbq.families.turbo import (
     GROUP,
@@ -60,20 +62,19 @@ from tbq.families.turbo import (
 from tbq.numerics import word_signs
 
 HALF_STEPS, TOP = np.float32(127.5), np.float32(255.0)
-PITCH = GROUP + 1
-THREADS = threads_for(PITCH)
-QS, SIGNS = ResidualSigns.layout.offset("qs"), ResidualSigns.layout.offset("signs")
-RESIDUAL_BYTES, OVERWRITTEN_BYTES = ResidualSigns().block_bytes, OverwrittenCodes().block_bytes
+ORDERED = sums.squares(GROUP, "ordered")
 
 
-def forward(rotation: Rotation) -> tuple[np.ndarray, np.ndarray]:
-    """Return the factors before and after the transform of R."""
-    return word_signs(rotation.before), word_signs(rotation.after) * np.float32(rotation.scale)
+def forward(rotation: Rotation):
+    """Return the `mix` of R."""
+    after = word_signs(rotation.after) * np.float32(rotation.scale)
+    return hadamard(word_signs(rotation.before), after)
 
 
-def backward(rotation: Rotation) -> tuple[np.ndarray, np.ndarray]:
-    """Return the factors before and after the transform of the inverse of R."""
-    return word_signs(rotation.after), word_signs(rotation.before) * np.float32(rotation.scale)
+def backward(rotation: Rotation):
+    """Return the `mix` of the inverse of R."""
+    after = word_signs(rotation.before) * np.float32(rotation.scale)
+    return hadamard(word_signs(rotation.after), after)
 
 
 def port(codec: Codec) -> Port | None:
@@ -96,137 +97,191 @@ def port(codec: Codec) -> Port | None:
         third=third,
     )
     levels, turn = codec.cells.levels, forward(codec.rotation)
-    encode = encoding(codec, plan, HADAMARD, TINY, turn, codec.cells.edges, levels)
-    return Port(encode, level_of(plan), levels, *turned_back(codec, plan, levels))
+    encode = encoding(plan, turn, codec.cells.edges, levels)
+    return cells_port(codec, plan, encode, levels, turn)
 
 
-def turned_back(codec: Codec, plan: np.ndarray, levels: np.ndarray) -> tuple[Kernel, ...]:
-    """Return decoder and rotator of a codec that leaves nothing to the graph."""
-    if codec.gives == "rotated":
-        return ()
-    back = backward(codec.rotation)
-    return decoding(codec, plan, HADAMARD, back, levels), rotating(codec, HADAMARD, back)
+def cells_port(codec: Codec, plan: Plan, encode: Kernel, levels: np.ndarray, turn) -> Port:
+    """Return the port of what decodes as cells do; without a decoder if the graph turns back."""
+    rotate, own = rotator(GROUP, turn), ()
+    if codec.gives != "rotated":
+        back = backward(codec.rotation)
+        own = decoding(plan, back, levels), rotate, rotator(GROUP, back)
+    own = own or (None, rotate)
+    return Port(encode, plan.fields, levels_of(plan), np.float32(levels).reshape(-1), *own)
 
 
 # --- turbo8 --------------------------------------------------------------------------------------
 
 
-@cuda.jit
-def encode_grid(x, plan, before, after, packed):
-    """Quantise flat float32 to turbo8."""
-    rows = cuda.shared.array((THREADS, PITCH), float32)
-    group = cuda.grid(1)
-    if group * GROUP < x.size:
-        v, base = rows[cuda.threadIdx.x], group * int(plan[SIZE])
-        norm = load_and_measure(x, group * GROUP, GROUP, plan[ORDER], v)
+@cache
+def grid_body(order: str, turn):
+    """Return what encodes a group of turbo8."""
+    measure = sums.norm(GROUP, order)
+    fields = Fields(GROUP + 2, GROUP, ((2, 8),))
+    write, count = writer(fields, SLICE), fields.words(SLICE)
+
+    @device
+    def body(v, row, packed, group, extra, lut):
+        norm = measure(v, row)
         scale(v, GROUP, inverse_norm(norm, TINY))
-        hadamard(v, GROUP, before, after)
+        turn(v)
         peak = TINY
         for j in range(GROUP):
+            row[j] = v[j]
             if abs(v[j]) > peak:
                 peak = abs(v[j])
         inverse = div(ONE, peak)
-        for j in range(GROUP):
-            steps = rint(add(mul(mul(v[j], inverse), HALF_STEPS), HALF_STEPS))
-            steps = steps if steps > ZERO else ZERO  # NaN too
-            packed[base + 2 + j] = int(steps if steps < TOP else TOP)
-        store_fp16(mul(norm, peak), packed, base)
+        words = cuda.local.array(count, uint32)
+        for s in range(GROUP // SLICE):
+            for k in range(count):
+                words[k] = 0
+            for k in range(SLICE):
+                u = row[index(SLICE * s + k)]
+                steps = rint(add(mul(mul(u, inverse), HALF_STEPS), HALF_STEPS))
+                steps = steps if steps > ZERO else ZERO  # NaN too
+                put(words, 8 * k, 8, int(steps if steps < TOP else TOP))
+            write(words, packed, group, s)
+        put_half(packed, group * (GROUP + 2), 0, fp16_bits(mul(norm, peak)))
+
+    return body
 
 
 def grid_port(codec: RotatedGrid) -> Port:
     """Return the kernels of turbo8."""
-    plan = plan_of(codec, 8, total=codec.total)
-    types = (FLOATS, INTS, FLOATS, FLOATS, BYTES)
-    tables = (plan, *forward(codec.rotation))
-    encode = grouped(encode_grid, PITCH, GROUP, types, tables)
-    return Port(encode, level_of(plan), grid())
+    plan, turn = plan_of(codec, 8, total=codec.total), forward(codec.rotation)
+    encode = kernels.encoder(GROUP, grid_body(codec.total, turn), np.zeros(1, np.float32), 2)
+    return cells_port(codec, plan, encode, grid(), turn)
 
 
 # --- turbo4 of March 2026 ------------------------------------------------------------------------
 
 
-@cuda.jit
-def encode_residual(x, tables, edges, levels, packed):
-    """Quantise flat float32; tables: factors (4, 128) around R's transform and the residual's."""
-    rows = cuda.shared.array((THREADS, PITCH), float32)
-    group = cuda.grid(1)
-    if group * GROUP < x.size:
-        v, base = rows[cuda.threadIdx.x], group * RESIDUAL_BYTES
-        norm = load_and_measure(x, group * GROUP, GROUP, ORDERED, v)
-        inverse = inverse_norm(norm, TINY)
-        scale(v, GROUP, inverse)
-        hadamard(v, GROUP, tables[0], tables[1])
-        for g in range(GROUP // 8):
-            word = 0
-            for k in range(8):
-                code = cell(v[8 * g + k], edges, 3, True)
-                word |= code << (3 * k)
-                unit = mul(x[group * GROUP + 8 * g + k], inverse)
-                v[8 * g + k] = add(unit, -levels[code])
-            store_word(word, 3, packed, base + QS + 3 * g)
-        rest = sqrt(total_of_squares(v, GROUP, ORDERED))
-        hadamard(v, GROUP, tables[2], tables[3])
-        store_bits(v, GROUP, ZERO, packed, base + SIGNS)
-        shift = mul(QJL, rest)
-        for j in range(GROUP):
-            code = load_code(packed, base + QS, 3, j)
-            v[j] = add(levels[code], shift if v[j] >= ZERO else -shift)
-        norm = corrected(norm, sqrt(total_of_squares(v, GROUP, ORDERED)))
-        store_fp16(norm, packed, base)
-        store_fp16(rest, packed, base + 2)
+@device
+def exchange_eight(first, v, row, inverse):
+    """Put coordinates in row, and what was there, scaled, in v: not all of both at a time."""
+    for j in range(first, first + 8):
+        x = row[j]
+        row[j] = v[j]
+        v[j] = mul(x, inverse)
+    settle()
 
 
 @device
-def moved_level(packed, base, i, levels):
-    """Return value i of a block: its centroid, moved by the residual's share, times the norm."""
-    shift = mul(QJL, load_fp16(packed, base + 2))
-    if not load_code(packed, base + SIGNS, 1, i):
-        shift = -shift
-    level = add(levels[load_code(packed, base + QS, 3, i)], shift)
-    return mul(level, load_fp16(packed, base))
+def move_eight(first, v, row, shift):
+    """Put the residual's coordinates in row, and the levels that were there, moved, in v."""
+    for j in range(first, first + 8):
+        level = row[j]
+        row[j] = v[j]
+        v[j] = add(level, shift if v[j] >= ZERO else -shift)
+    settle()
+
+
+@cache
+def residual_body(plan: Plan, turn, turn_residual):
+    """Return what encodes a group of turbo4 of March 2026; row keeps what is not rotated."""
+    size, code = plan.fields.size, coder(plan, "levels")
+    exchange, move = by_eights(GROUP, exchange_eight), by_eights(GROUP, move_eight)
+    store_signs = bit_coder(GROUP, size, ResidualSigns.layout.offset("signs"))
+
+    @device
+    def body(v, row, packed, group, extra, lut):
+        norm = sqrt(ORDERED(v))
+        inverse = inverse_norm(norm, TINY)
+        scale(v, GROUP, inverse)
+        turn(v)
+        exchange(v, row, inverse)
+        code(row, packed, group, lut)
+        for j in range(GROUP):
+            v[j] = add(v[j], -row[j])
+        rest = sqrt(ORDERED(v))
+        turn_residual(v)
+        shift = mul(QJL, rest)
+        move(v, row, shift)
+        store_signs(row, ZERO, packed, group)
+        norm = corrected(norm, sqrt(ORDERED(v)), TINY)
+        put_half(packed, group * size, 0, fp16_bits(norm))
+        put_half(packed, group * size, 2, fp16_bits(rest))
+
+    return body
+
+
+@cache
+def moved_levels(fields: Fields):
+    """Return what makes `levels`: centroids, moved by the residual's share, times the norm."""
+
+    @cache
+    def of(n: int):
+        _, signs, at_norm, at_rest = fields.starts(n)
+
+        @device
+        def eight(first, words, v, at, lut):
+            norm = fp16_value(take(words, at_norm, 16))
+            shift = mul(QJL, fp16_value(take(words, at_rest, 16)))
+            for k in range(first, first + 8):
+                moved = shift if take(words, signs + k, 1) else -shift
+                v[at + k] = mul(add(lut[index(take(words, 3 * k, 3))], moved), norm)
+
+        return by_eights(n, eight)
+
+    return of
 
 
 def residual_port(codec: ResidualSigns) -> Port:
     """Return the kernels of turbo4 of March 2026."""
-    factors = np.stack([*forward(codec.rotation), *forward(codec.residual)])
-    values = THREADS * GROUP
-    types = (FLOATS, FLOATS2, FLOATS, FLOATS, BYTES)
-    tables = (factors, THREE.edges, THREE.levels)
-    encode = Kernel(encode_residual, THREADS, values, types, tables)
-    return Port(encode, moved_level, THREE.levels)
+    layout, turn = codec.layout, forward(codec.rotation)
+    parts = ((layout.offset("qs"), 3), (layout.offset("signs"), 1))
+    plan = plan_of(codec, 3)
+    body = residual_body(plan, turn, forward(codec.residual))
+    encode = kernels.encoder(GROUP, body, table_of(THREE.levels, THREE.edges), 2)
+    fields = Fields(codec.block_bytes, GROUP, parts, ((0, 2), (2, 2)))
+    levels = np.float32(THREE.levels).reshape(-1)
+    return Port(encode, fields, moved_levels(fields), levels, None, rotator(GROUP, turn))
 
 
 # --- tbq3_0 of Excidos ---------------------------------------------------------------------------
 
 
-@cuda.jit
-def encode_overwritten(x, before, after, edges, levels, packed):
-    """Quantise flat float32 to tbq3_0 of Excidos, whose packer loses codes."""
-    rows = cuda.shared.array((THREADS, PITCH), float32)
-    group = cuda.grid(1)
-    if group * GROUP < x.size:
-        v, base = rows[cuda.threadIdx.x], group * OVERWRITTEN_BYTES
-        norm = load_and_measure(x, group * GROUP, GROUP, ORDERED, v)
+@cache
+def overwritten_body(size: int, turn):
+    """Return what encodes tbq3_0 of Excidos, whose packer loses codes."""
+    cell, fields = finder(3, True), Fields(size, GROUP, ((2, 3),))
+    write, count = writer(fields, SLICE), fields.words(SLICE)
+
+    @device
+    def body(v, row, packed, group, extra, lut):
+        norm = sqrt(ORDERED(v))
         if norm < TINY:
             norm = TINY
         for j in range(GROUP):
             v[j] = div(v[j], norm)
-        hadamard(v, GROUP, before, after)
-        for g in range(GROUP // 8):
-            word = 0
-            for k in range(8):
-                code = cell(v[8 * g + k], edges, 3, True)
-                v[8 * g + k] = levels[code]
-                word |= code << (3 * k if k < 3 else 0)
-            store_word(word & 0xFF, 3, packed, base + 2 + 3 * g)
-        restored = sqrt(total_of_squares(v, GROUP, ORDERED))
-        store_fp16(div(norm, TINY if restored < TINY else restored), packed, base)
+        turn(v)
+        for j in range(GROUP):
+            row[j] = v[j]
+        total = ZERO
+        words = cuda.local.array(count, uint32)
+        for s in range(GROUP // SLICE):
+            for k in range(count):
+                words[k] = 0
+            for g in range(SLICE // 8):
+                byte = 0
+                for k in range(8):
+                    code = cell(row[index(SLICE * s + 8 * g + k)], lut)
+                    level = lut[index(code)]
+                    total = add(total, mul(level, level))
+                    byte |= code << (3 * k if k < 3 else 0)
+                put(words, 24 * g, 8, byte & 0xFF)
+            write(words, packed, group, s)
+        restored = sqrt(total)
+        norm = div(norm, TINY if restored < TINY else restored)
+        put_half(packed, group * size, 0, fp16_bits(norm))
+
+    return body
 
 
 def overwritten_port(codec: OverwrittenCodes) -> Port:
     """Return the kernels of tbq3_0 of Excidos."""
-    plan, levels = plan_of(codec, 3), THREE_UNIT.levels
-    types = (FLOATS, FLOATS, FLOATS, FLOATS, FLOATS, BYTES)
-    tables = (*forward(codec.rotation), THREE_UNIT.edges, levels)
-    encode = grouped(encode_overwritten, PITCH, GROUP, types, tables)
-    return Port(encode, level_of(plan), levels, *turned_back(codec, plan, levels))
+    plan, turn = plan_of(codec, 3), forward(codec.rotation)
+    table = table_of(THREE_UNIT.levels, THREE_UNIT.edges)
+    encode = kernels.encoder(GROUP, overwritten_body(codec.block_bytes, turn), table, 2)
+    return cells_port(codec, plan, encode, THREE_UNIT.levels, turn)

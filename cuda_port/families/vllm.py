@@ -5,11 +5,13 @@ The arithmetic is that of `tbq.families.vllm`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
-from numba import cuda, float32
+from numba import cuda, float32, uint32
 
+from cuda_port import kernels, sums
 from cuda_port.device import (
     HALF,
     ONE,
@@ -17,33 +19,30 @@ from cuda_port.device import (
     add,
     device,
     div,
-    load_code,
-    load_fp16,
+    fp16_bits,
+    fp16_value,
+    index,
     mul,
+    put,
     sqrt,
-    store_fp16,
+    take,
 )
+from cuda_port.fields import Fields, writer
 from cuda_port.groups import (
     DIVIDED_BY_MORE,
-    EIGHTS,
-    HADAMARD,
-    SCALE,
-    SIZE,
+    SLICE,
+    Plan,
     encoding,
-    grouped,
-    load_levels,
+    hadamard,
+    levels_of,
     plan_of,
-    scale,
-    store_word,
-    threads_for,
-    total_of_squares,
+    put_half,
 )
-from cuda_port.port import BYTES, FLOATS, INTS, VALUE_THREADS, Kernel, Port
+from cuda_port.port import Port
+from cuda_port.unroll import by_eights
 from tbq.codec import Codec
 from tbq.families.vllm import HEAD, K128, LEAST_SCALE, LEAST_SQUARE, TINY, StepValues, UnitKeys
 
-PITCH = HEAD + 1
-THREADS = threads_for(PITCH)
 INFINITY = np.float32(np.inf)
 
 
@@ -57,20 +56,22 @@ def port(codec: Codec) -> Port | None:
 # --- keys ----------------------------------------------------------------------------------------
 
 
-@cuda.jit
-def decode_keys(packed, plan, levels, y):
-    """Set y to centroids of length one times the norm."""
-    rows = cuda.shared.array((THREADS, PITCH), float32)
-    block = cuda.grid(1)
-    if block * HEAD < y.size:
-        v, base = rows[cuda.threadIdx.x], block * int(plan[SIZE])
-        load_levels(packed, base, levels, plan, HEAD, v)
-        length = sqrt(add(total_of_squares(v, HEAD, EIGHTS), LEAST_SQUARE))
-        load_levels(packed, base, levels, plan, HEAD, v)
-        scale(v, HEAD, div(ONE, length))
-        norm = load_fp16(packed, base + int(plan[SCALE]))
+@cache
+def lengthened(plan: Plan):
+    """Return what makes of centroids v those of length one, times the norm."""
+    total, at = sums.squares(HEAD, "eights"), plan.fields.starts(SLICE)[-1]
+
+    @device
+    def finish(words, v):
+        copy = cuda.local.array(HEAD, float32)
         for j in range(HEAD):
-            y[block * HEAD + j] = mul(v[j], norm)
+            copy[j] = v[j]
+        inverse = div(ONE, sqrt(add(total(copy), LEAST_SQUARE)))
+        norm = fp16_value(take(words, at, 16))
+        for j in range(HEAD):
+            v[j] = mul(mul(v[j], inverse), norm)
+
+    return finish
 
 
 def keys_port(codec: UnitKeys) -> Port:
@@ -79,65 +80,82 @@ def keys_port(codec: UnitKeys) -> Port:
     plan = plan_of(
         codec,
         cells.bits,
+        least=TINY,
         total=codec.total,
         scaling=DIVIDED_BY_MORE,
         last=False,
         corrected=False,
     )
-    turn = ones, ones * K128
-    encode = encoding(codec, plan, HADAMARD, TINY, turn, cells.edges, cells.levels)
-    types = (BYTES, INTS, FLOATS, FLOATS)
-    decode = grouped(decode_keys, PITCH, HEAD, types, (plan, cells.levels))
-    return Port(encode, None, cells.levels, leveler=decode)
+    turn, table = hadamard(ones, ones * K128), np.float32(cells.levels).reshape(-1)
+    leveler = kernels.decoder(
+        HEAD, plan.fields, SLICE, levels_of(plan, False)(SLICE), lengthened(plan), table
+    )
+    encode = encoding(plan, turn, cells.edges, cells.levels)
+    return Port(encode, None, None, table, rotate=kernels.rotator(HEAD, turn), leveler=leveler)
 
 
 # --- values --------------------------------------------------------------------------------------
 
 
 @cache
-def steps_encoder(bits: int, size: int):
-    """Return the kernel (x, packed) of values: codes, then scale and least value."""
-    top = np.float32((1 << bits) - 1)
+def steps_body(bits: int, size: int):
+    """Return what encodes values: codes, then scale and least value."""
+    top, fields = np.float32((1 << bits) - 1), Fields(size, HEAD, ((0, bits),))
+    write, count = writer(fields, SLICE), fields.words(SLICE)
 
-    @cuda.jit
-    def encode(x, packed):
-        block = cuda.grid(1)
-        if block * HEAD < x.size:
-            at, base = block * HEAD, block * size
-            lo, hi = INFINITY, -INFINITY
-            for j in range(HEAD):
-                lo = x[at + j] if x[at + j] < lo else lo
-                hi = x[at + j] if x[at + j] > hi else hi
-            step = div(add(hi, -lo), top)
-            step = step if step > LEAST_SCALE else LEAST_SCALE  # NaN too
-            for g in range(HEAD // 8):
-                word = 0
-                for k in range(8):
-                    steps = add(div(add(x[at + 8 * g + k], -lo), step), HALF)
-                    steps = steps if steps > ZERO else ZERO  # NaN too
-                    word |= int(steps if steps < top else top) << (bits * k)
-                store_word(word, bits, packed, base + bits * g)
-            store_fp16(step, packed, base + size - 4)
-            store_fp16(lo, packed, base + size - 2)
+    @device
+    def eight(first, words, row, at, lo, step):
+        for k in range(first, first + 8):
+            steps = add(div(add(row[index(at + k)], -lo), step), HALF)
+            steps = steps if steps > ZERO else ZERO  # NaN too
+            put(words, bits * k, bits, int(steps if steps < top else top))
 
-    return encode
+    code = by_eights(SLICE, eight)
+
+    @device
+    def body(v, row, packed, group, extra, lut):
+        words = cuda.local.array(count, uint32)
+        lo, hi = INFINITY, -INFINITY
+        for j in range(HEAD):
+            lo = v[j] if v[j] < lo else lo
+            hi = v[j] if v[j] > hi else hi
+        step = div(add(hi, -lo), top)
+        step = step if step > LEAST_SCALE else LEAST_SCALE  # NaN too
+        for s in range(HEAD // SLICE):
+            for k in range(count):
+                words[k] = 0
+            code(words, row, s * SLICE, lo, step)
+            write(words, packed, group, s)
+        put_half(packed, group * size, size - 4, fp16_bits(step))
+        put_half(packed, group * size, size - 2, fp16_bits(lo))
+
+    return body
 
 
 @cache
-def step_at(bits: int, at: int):
-    """Return the device function (packed, base, i, levels): value i; levels are whole numbers."""
+def step_levels(fields: Fields, bits: int):
+    """Return what makes `levels` of values."""
 
-    @device
-    def step(packed, base, i, levels):
-        steps = levels[load_code(packed, base, bits, i)]
-        return add(mul(steps, load_fp16(packed, base + at)), load_fp16(packed, base + at + 2))
+    @cache
+    def of(n: int):
+        _, at_scale, at_least = fields.starts(n)
 
-    return step
+        @device
+        def eight(first, words, v, at, lut):
+            step = fp16_value(take(words, at_scale, 16))
+            lo = fp16_value(take(words, at_least, 16))
+            for k in range(first, first + 8):
+                v[at + k] = add(mul(lut[index(take(words, bits * k, bits))], step), lo)
+
+        return by_eights(n, eight)
+
+    return of
 
 
 def values_port(codec: StepValues) -> Port:
     """Return the kernels of value3 or value4."""
-    function = steps_encoder(codec.bits, codec.block_bytes)
-    encode = Kernel(function, VALUE_THREADS, VALUE_THREADS * HEAD, (FLOATS, BYTES))
-    levels = np.arange(1 << codec.bits, dtype=np.float32)
-    return Port(encode, step_at(codec.bits, codec.layout.offset("scale")), levels)
+    bits, size, at = codec.bits, codec.block_bytes, codec.layout.offset("scale")
+    encode = kernels.encoder(HEAD, steps_body(bits, size), np.zeros(1, np.float32), 2)
+    encode = replace(encode, turns=0)  # divisions branch within its loop
+    fields = Fields(size, HEAD, ((0, bits),), ((at, 2), (at + 2, 2)))
+    return Port(encode, fields, step_levels(fields, bits), np.arange(1 << bits, dtype=np.float32))

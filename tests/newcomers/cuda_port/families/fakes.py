@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda, float32
 
-from cuda_port.device import ONE, ZERO, add, div, load_fp16, mul, sqrt, store_fp16
-from cuda_port.port import BYTES, FLOATS, INTS, Kernel, Port
+from cuda_port.device import ONE, ZERO, add, device, div, fp16_bits, fp16_value, mul, sqrt, take
+from cuda_port.fields import Fields
+from cuda_port.port import FLOATS, WORDS, Kernel, Port, Signs
 from newcomers.families.fakes import (
     EDGES,
     K128,
@@ -24,6 +25,14 @@ from newcomers.families.fakes import (
 )
 
 THREADS = 32
+BYTES = WORDS[1]
+
+
+@cuda.jit(device=True)
+def store_fp16(x, packed, at):
+    h = fp16_bits(x)
+    packed[at] = h & 0xFF
+    packed[at + 1] = h >> 8
 
 
 @cuda.jit(device=True)
@@ -89,11 +98,19 @@ def quad_encode(x, signs, edges, packed):
                 packed[at + 10 + i // 8] |= (code >> 2) << (i % 8)
 
 
-@cuda.jit(device=True)
-def quad_level(packed, base, i, levels):
-    code = (packed[base + i // 4] >> (2 * (i % 4))) & 3
-    code |= ((packed[base + 10 + i // 8] >> (i % 8)) & 1) << 2
-    return mul(levels[code], load_fp16(packed, base + 8))
+QUAD = Fields(14, 32, ((0, 2), (10, 1)), ((8, 2),))
+
+
+def quad_levels(n):
+    _, high, scale = QUAD.starts(n)
+
+    @device
+    def levels(words, v, at, lut):
+        for k in range(n):
+            code = take(words, 2 * k, 2) | take(words, high + k, 1) << 2
+            v[at + k] = mul(lut[code], fp16_value(take(words, scale, 16)))
+
+    return levels
 
 
 @cuda.jit
@@ -117,12 +134,20 @@ def two_encode(x, levels, edges, packed):
         store_fp16(mul(mean, div(n, ROOT64)), packed, g * 28 + 2)
 
 
-@cuda.jit(device=True)
-def two_level(packed, base, i, levels):
-    a, b = load_fp16(packed, base), load_fp16(packed, base + 2)
-    level = mul(levels[(packed[base + 4 + i // 4] >> (2 * (i % 4))) & 3], a)
-    plus = (packed[base + 20 + i // 8] >> (i % 8)) & 1
-    return add(level, b if plus else -b)
+TWO = Fields(28, 64, ((4, 2), (20, 1)), ((0, 2), (2, 2)))
+
+
+def two_levels(n):
+    _, signs, first, second = TWO.starts(n)
+
+    @device
+    def levels(words, v, at, lut):
+        a, b = fp16_value(take(words, first, 16)), fp16_value(take(words, second, 16))
+        for k in range(n):
+            level = mul(lut[take(words, 2 * k, 2)], a)
+            v[at + k] = add(level, b if take(words, signs + k, 1) else -b)
+
+    return levels
 
 
 @cuda.jit
@@ -131,7 +156,7 @@ def odd_encode(x, words, edges, packed):
     if g * 32 < x.size:
         n = largest(x, g * 32, 32)
         scale = inverse(n)
-        word = np.int64(words[g % words.size]) & 0xFFFFFFFF
+        word = np.int64(words[g % words.size])
         for k in range(24):
             packed[g * 24 + k] = 0
         for i in range(32):
@@ -142,10 +167,28 @@ def odd_encode(x, words, edges, packed):
             packed[g * 24 + 20 + k] = (word >> (8 * k)) & 0xFF
 
 
-@cuda.jit(device=True)
-def odd_level(packed, base, i, levels):
-    code = (packed[base + i // 2] >> (4 * (i % 2))) & 15
-    return mul(levels[code], load_fp16(packed, base + 18))
+def four_bits(fields):
+    def of(n):
+        scale = fields.starts(n)[-1]
+
+        @device
+        def levels(words, v, at, lut):
+            for k in range(n):
+                d = fp16_value(take(words, scale, 16))
+                v[at + k] = mul(lut[take(words, 4 * k, 4)], d)
+
+        return levels
+
+    return of
+
+
+ODD = Fields(24, 32, ((0, 4),), ((18, 2),))
+
+
+@device
+def give_signs(v, signs):
+    for k in range(32):
+        v[k] = v[k] if (signs >> k) & 1 else -v[k]
 
 
 @cuda.jit
@@ -153,7 +196,9 @@ def odd_decode(packed, levels, y):
     n = cuda.grid(1)
     if n < y.size:
         base, i = n // 32 * 24, n % 32
-        value = odd_level(packed, base, i, levels)
+        code = (packed[base + i // 2] >> (4 * (i % 2))) & 15
+        d = fp16_value(np.int64(packed[base + 18]) | np.int64(packed[base + 19]) << 8)
+        value = mul(levels[code], d)
         y[n] = value if (packed[base + 20 + i // 8] >> (i % 8)) & 1 else -value
 
 
@@ -174,15 +219,12 @@ def head_encoder(unit: np.float32):
     return encode
 
 
-@cuda.jit(device=True)
-def head_level(packed, base, i, levels):
-    code = (packed[base + 2 + i // 2] >> (4 * (i % 2))) & 15
-    return mul(levels[code], load_fp16(packed, base))
+HEAD = Fields(34, 64, ((2, 4),), ((0, 2),))
 
 
 def row_words(row_blocks: int) -> tuple[np.ndarray, ...]:
     bits = np.packbits(seeded(np.arange(row_blocks)), axis=1, bitorder="little")
-    return (bits.view("<i4").reshape(-1),)
+    return (bits.view("<u4").reshape(-1),)
 
 
 def port(codec) -> Port:
@@ -190,17 +232,18 @@ def port(codec) -> Port:
     three = (FLOATS, FLOATS, FLOATS, BYTES)
     if isinstance(codec, Quad):
         encode = Kernel(quad_encode, THREADS, THREADS * 128, three, (SIGNS, EDGES))
-        return Port(encode, quad_level, TABLE)
+        return Port(encode, QUAD, quad_levels, TABLE)
     if isinstance(codec, TwoScales):
         encode = Kernel(two_encode, THREADS, THREADS * 64, three, (TWO_BITS, TWO_EDGES))
-        return Port(encode, two_level, TWO_BITS)
+        return Port(encode, TWO, two_levels, TWO_BITS)
     edges = codec.boundaries["codes"].astype(np.float32)
     if isinstance(codec, OddNames):
-        types = (FLOATS, INTS, FLOATS, BYTES)
+        types = (FLOATS, WORDS[4], FLOATS, BYTES)
         encode = Kernel(odd_encode, THREADS, THREADS * 32, types, (edges,), row_words)
         decode = Kernel(odd_decode, THREADS, THREADS, (BYTES, FLOATS, FLOATS), (codec.table,))
-        return Port(encode, odd_level, codec.table, decode)
+        signs = Signs(20, give_signs)
+        return Port(encode, ODD, four_bits(ODD), codec.table, decode, signs=signs)
     assert isinstance(codec, ByHead)
     kernel = head_encoder(np.float32(codec.unit))
     encode = Kernel(kernel, THREADS, THREADS * 64, (FLOATS, FLOATS, BYTES), (edges,))
-    return Port(encode, head_level, codec.table)
+    return Port(encode, HEAD, four_bits(HEAD), codec.table)
