@@ -13,7 +13,7 @@ from tbq import FileFormatError
 _BROKEN = (ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error)
 
 
-def read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
+def read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Return the arrays of an .npz by name; nothing in it is executed.
 
     Raises:
@@ -30,7 +30,7 @@ def read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
         raise FileFormatError(path, None, "no .npz of arrays") from None
 
 
-def read_npy(path: str | os.PathLike) -> np.ndarray:
+def read_npy(path: str | os.PathLike[str]) -> np.ndarray:
     """Return the array of an .npy; errors as for `read_npz`."""
     try:
         with open(path, "rb") as file:

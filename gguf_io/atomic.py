@@ -20,7 +20,7 @@ from tbq import InputError
 try:
     import fcntl
 except ImportError:  # Windows, where a temporary file that is open cannot be removed anyway
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
@@ -51,8 +51,11 @@ class AtomicFiles:
     def __init__(self) -> None:
         self._open: list[tuple[BinaryIO, Path, Path]] = []
 
-    def create(self, destination: str | os.PathLike) -> BinaryIO:
-        """Open a temporary file that will become `destination`, to be read back and written."""
+    def create(self, destination: str | os.PathLike[str]) -> BinaryIO:
+        """Open a temporary file that will become `destination`, to be read back and written.
+
+        Its `name` is where it is.
+        """
         final = Path(os.path.realpath(destination))
         mode = None
         if final.exists():
@@ -64,10 +67,9 @@ class AtomicFiles:
             mode = stat.S_IMODE(status.st_mode)
         remove_stale(final.parent)
         temporary = temporary_path(final)
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         _ALIVE[temporary] = None
         try:
-            file = os.fdopen(os.open(temporary, flags, 0o666), "w+b")
+            file = open(temporary, "x+b")  # noqa: SIM115
         except OSError as error:  # say the path the user gave, not the temporary one
             del _ALIVE[temporary]
             raise type(error)(error.errno, error.strerror, str(destination)) from None
@@ -81,7 +83,7 @@ class AtomicFiles:
     def __enter__(self) -> AtomicFiles:
         return self
 
-    def __exit__(self, kind, value, traceback) -> None:
+    def __exit__(self, kind: object, value: object, traceback: object) -> None:
         try:
             if kind is None:
                 self._publish()
@@ -116,7 +118,7 @@ class AtomicFiles:
 
 
 @contextlib.contextmanager
-def new_folder(destination: str | os.PathLike) -> Iterator[Path]:
+def new_folder(destination: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary folder that becomes `destination`, new or empty, if all goes well."""
     final = Path(destination)
     remove_stale(final.parent)
@@ -147,7 +149,7 @@ def discard_all() -> None:
         _remove(temporary)
 
 
-def _remove(path: str | os.PathLike) -> None:
+def _remove(path: str | os.PathLike[str]) -> None:
     """Remove a file, or a folder with all that is in it, if it is there."""
     if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path, ignore_errors=True)
@@ -156,7 +158,9 @@ def _remove(path: str | os.PathLike) -> None:
             os.unlink(path)
 
 
-def refuse_inputs(outputs: Iterable[str | os.PathLike], inputs: Iterable[str | os.PathLike]):
+def refuse_inputs(
+    outputs: Iterable[str | os.PathLike[str]], inputs: Iterable[str | os.PathLike[str]]
+) -> None:
     """Raise InputError if an output is one of the inputs, by whatever path or link."""
     inputs = list(inputs)
     for output in outputs:

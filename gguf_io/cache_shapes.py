@@ -194,7 +194,7 @@ class CacheShapes:
 
 
 def cache_shapes(
-    model: str | os.PathLike | GgufFile | Mapping[str, Any],
+    model: str | os.PathLike[str] | GgufFile | Mapping[str, Any],
     overrides: Mapping[str, Any] | None = None,
 ) -> CacheShapes:
     """Read what a model's memory consists of; metadata and names of tensors suffice.

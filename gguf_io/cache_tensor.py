@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +12,7 @@ import tbq
 from gguf_io.identify import DialectChoice, undecodable
 from gguf_io.mapped import MappedFile
 from gguf_io.state_records import Rows
+from gguf_io.tensors import as_array
 from gguf_io.types import TensorType, Unknown, dequantize_rows
 from tbq import InputError
 
@@ -89,12 +91,14 @@ class CacheTensor:
     @property
     def n_head(self) -> int | None:
         """The number of key or value heads."""
-        return self.n_embd // self.stored_head if self.stored_head else None
+        if self.n_embd is None or not self.stored_head:
+            return None
+        return self.n_embd // self.stored_head
 
     @property
     def row_values(self) -> int | None:
         """The model's values per row, without padding; None if the type's size is not known."""
-        return self.n_head * self.head_dim if self.n_head else self.n_embd
+        return self.n_head * self.head_dim if self.n_head and self.head_dim else self.n_embd
 
     def raw(self, part: int = 0) -> np.ndarray:
         """Return a view of one stream's bytes: (cells, row_bytes), transposed (n_embd, column).
@@ -102,8 +106,9 @@ class CacheTensor:
         It views a map of the file, and dies with the process if that is truncated; `rows` does not.
         """
         rows = self.parts[part]
-        shape = (rows.n_embd, -1) if self.transposed else (rows.cells, rows.row_bytes)
+        shape = (rows.columns, -1) if self.transposed else (rows.cells, rows.row_bytes)
         n_bytes = rows.cells * rows.row_bytes
+        self._map.require_open()
         return np.frombuffer(self._map, np.uint8, n_bytes, rows.data).reshape(shape)
 
     def rows(self, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -137,20 +142,20 @@ class CacheTensor:
     def columns(self, part: int, start: int, stop: int) -> np.ndarray:
         """Return the bytes of columns [start, stop) of one stream, if it is stored in columns."""
         rows = self.parts[part]
-        width = rows.cells * rows.row_bytes // rows.n_embd
+        width = rows.cells * rows.row_bytes // rows.columns
         return self._map.read_grid(rows.data + start * width, width, stop - start, width)
 
     def _of_columns(self, part: int, cells: np.ndarray) -> np.ndarray:
         """Return the bytes of some rows, int (n,), of a stream that is stored in columns."""
         rows = self.parts[part]
-        size = rows.row_bytes // rows.n_embd
-        out = np.empty((len(cells), rows.n_embd), f"V{size}")
+        size, columns = rows.row_bytes // rows.columns, rows.columns
+        out = np.empty((len(cells), columns), f"V{size}")
         if not out.size:
             return out.view(np.uint8)
         first, n = int(cells.min()), int(np.ptp(cells)) + 1
         step = max(1, COLUMN_BYTES // (n * size))
-        for c in range(0, rows.n_embd, step):
-            count = min(step, rows.n_embd - c)
+        for c in range(0, columns, step):
+            count = min(step, columns - c)
             start = rows.data + (c * rows.cells + first) * size
             some = self._map.read_grid(start, rows.cells * size, count, n * size)
             out[:, c : c + count] = some.view(out.dtype)[:, cells - first].T
@@ -204,12 +209,22 @@ class CacheTensor:
             return self._of_columns(part, cells)
         return self._map.read_rows(self.parts[part].data, self.row_bytes, cells)
 
-    def _decode(self, rows_of: Callable[[CacheTensor], np.ndarray], threads: int | None):
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Return the values, so that `np.asarray` does; what is decoded is new each time."""
+        return as_array(self.values(), dtype, copy)
+
+    def __repr__(self) -> str:
+        wide = f"{self.row_bytes} bytes" if self.n_embd is None else f"{self.n_embd} values"
+        return f"<CacheTensor {self.name}: {self.format.label}, {self.n_cells} rows of {wide}>"
+
+    def _decode(
+        self, rows_of: Callable[[CacheTensor], np.ndarray], threads: int | None
+    ) -> np.ndarray:
         if isinstance(self.format, Unknown):
             raise undecodable(self.format, self.name, self._choice)
         rows = rows_of(self)
         if not len(rows) or not self.n_embd:
-            return np.empty((len(rows), self.n_embd), np.float32)
+            return np.empty((len(rows), self.n_embd or 0), np.float32)
         if self.format.sibling:
             if self.sibling is None:
                 need = f"a layer of {self.format.sibling} before it, whose codes it borrows"
@@ -219,7 +234,7 @@ class CacheTensor:
         return dequantize_rows(rows, self.format, threads=threads)
 
     def _unrotate(self, stored: np.ndarray) -> np.ndarray:
-        heads = stored.reshape(len(stored), self.n_head or 1, self.stored_head or self.n_embd)
+        heads = stored.reshape(len(stored), self.n_head or 1, self.stored_head or stored.shape[1])
         if self.stored_head != self.head_dim:
             heads = np.ascontiguousarray(heads[..., : self.head_dim])
         return heads if self.rotation is None else self.rotation.inverse(heads)

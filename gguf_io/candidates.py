@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -11,13 +12,12 @@ import tbq
 from gguf_io.graph_rotation import ROTATED_MULTIPLE, rotation_kind
 from gguf_io.state_writer import CACHE_TYPES
 from gguf_io.types import (
-    TensorType,
     can_quantize,
     dequantize_rows,
     quantize_rows,
     resolve_type,
 )
-from tbq import InputError
+from tbq import Format, InputError
 from tbq.quality import AttentionError, Distortion, ExactAttention
 from tbq.registry import get_dialect
 
@@ -37,14 +37,14 @@ class CandidateResult:
         bpw: bits per value, padding of heads included; None if it could not be tried.
     """
 
-    type: TensorType
+    type: Format
     relative_mse: float = float("nan")
     cosine: float = float("nan")
     attention: AttentionError | None = None
     unfit: str | None = None
     bpw: float | None = None
 
-    def report(self) -> dict:
+    def report(self) -> dict[str, Any]:
         """Return the numbers for the JSON report."""
         return {
             "type": self.type.label,
@@ -56,7 +56,7 @@ class CandidateResult:
         }
 
 
-def parse_candidates(text: str, dialect: str | None) -> list[TensorType]:
+def parse_candidates(text: str, dialect: str | None) -> list[Format]:
     """Return the types of a comma-separated list; "all" means all that a cache can have.
 
     Raises:
@@ -80,7 +80,7 @@ def parse_candidates(text: str, dialect: str | None) -> list[TensorType]:
     return list(dict.fromkeys(kinds))
 
 
-def fits(kind: TensorType, side: str, n_embd: int) -> str | None:
+def fits(kind: Format, side: str, n_embd: int) -> str | None:
     """Say why a candidate cannot hold rows of n_embd values of K, V or a model's tensor ("T")."""
     if side != "T" and side not in kind.side:
         return f"for {kind.side} only"
@@ -90,7 +90,7 @@ def fits(kind: TensorType, side: str, n_embd: int) -> str | None:
 
 
 def try_candidate(
-    kind: TensorType,
+    kind: Format,
     side: str,
     values: np.ndarray,
     exact: ExactAttention | None,
@@ -143,7 +143,7 @@ class Combination:
     layers: list[tuple[str, str, str | None]]
     layers_bpw: float
 
-    def report(self) -> dict:
+    def report(self) -> dict[str, Any]:
         """Return it for the JSON report."""
         return {
             "dialect": self.dialect,
@@ -182,8 +182,8 @@ def cheapest(
     found = []
     unquantised = resolve_type(UNQUANTISED)
     for dialect in _dialects(layers):
-        per_layer: list[tuple[str, dict[str, TensorType]]] = []
-        common: dict[str, set[TensorType]] = {}
+        per_layer: list[tuple[str, dict[str, Format]]] = []
+        common: dict[str, set[Format]] = {}
         bits = {unquantised: unquantised.bpw}  # a type may take more where heads are padded
         for layer in layers:
             chosen = {}
@@ -216,7 +216,7 @@ def cheapest(
     return sorted(found, key=lambda c: (c.bpw, c.layers_bpw))
 
 
-def _dialect(kind: TensorType) -> str | None:
+def _dialect(kind: Format) -> str | None:
     return None if kind.is_ggml else kind.dialect
 
 
@@ -229,12 +229,12 @@ def _dialects(layers: Iterable[LayerCandidates]) -> list[str | None]:
 
 def _bpw(
     layers: Sequence[LayerCandidates],
-    kinds: Sequence[dict[str, TensorType]],
-    bits_of: dict[TensorType, float],
+    kinds: Sequence[dict[str, Format]],
+    bits_of: dict[Format, float],
 ) -> float:
     bits = values = 0.0
     for layer, chosen in zip(layers, kinds, strict=True):
-        for side, kind in chosen.items():
-            bits += bits_of[kind] * layer.widths[side]
-            values += layer.widths[side]
+        for side, width in layer.widths.items():  # a layer may have no V
+            bits += bits_of[chosen[side]] * width
+            values += width
     return bits / values if values else float("nan")

@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 from gguf import GGUFValueType
 
-import tbq
 from gguf_io.cache_tensor import CacheTensor
+from gguf_io.distributed import filler
 from gguf_io.metadata import Field
 from gguf_io.reader import GgufFile, GgufTensor
 from gguf_io.state import StateFile
 from gguf_io.state_writer import Conversion, Plan
+from gguf_io.steps import CHUNK_VALUES, Step, carry_out, repacks, tensor_steps
 from gguf_io.type_policy import Options, choose_types, file_type
-from gguf_io.types import TensorType, Unknown, overflowed, row_bytes
-from gguf_io.writer import OutputTensor, file_dialect, write_gguf, write_gguf_shards
+from gguf_io.types import TensorType, dequantize_rows, row_bytes
+from gguf_io.writer import OutputTensor, file_dialect, write_chunks, write_gguf, write_gguf_shards
 from tbq import Format, ValueOverflowError
-from tbq.api import index_step
 from tbq.quality import Distortion
-from tbq.registry import writers
 
-# Float32 values that are held at a time.
-CHUNK_VALUES = 1 << 21
+if TYPE_CHECKING:
+    from distributed import Client
+
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 
-Done = Callable[["Outcome"], None]
+Source = TypeVar("Source", bound=GgufTensor | CacheTensor)
+Done = Callable[["Outcome[GgufTensor]"], None]
 Advance = Callable[[int], None]
 
 
@@ -39,7 +39,7 @@ def _ignore(*_: object) -> None:
 
 
 @dataclass
-class Outcome:
+class Outcome(Generic[Source]):
     """What becomes of one tensor, and what was found when it was read back.
 
     Attributes:
@@ -55,7 +55,7 @@ class Outcome:
         identical: whether what was read back is the same, for those that were not.
     """
 
-    tensor: GgufTensor | CacheTensor
+    tensor: Source
     type: TensorType
     converts: bool
     n_bytes: int
@@ -69,7 +69,21 @@ class Outcome:
     @property
     def repacks(self) -> bool:
         """Whether the codes and scales stay, in other blocks."""
-        return self.converts and _repacks(self.tensor, self.type)
+        return self.converts and repacks(self.tensor.format, self.type)
+
+    def steps(self: Outcome[GgufTensor]) -> Iterator[Step]:
+        """Yield the steps that write a model's tensor."""
+        return tensor_steps(self.tensor, self.type, self.converts)
+
+    def count(self, nonfinite: int, overflowed: int) -> None:
+        """Add what a step found."""
+        self.nonfinite += nonfinite
+        self.overflowed += overflowed
+
+    def compared(self, distortion: Distortion, identical: bool) -> None:
+        """Keep what was found when it was read back: of what was converted, or of what was not."""
+        self.distortion = distortion if self.converts else None
+        self.identical = None if self.converts else identical
 
     @property
     def failed(self) -> bool:
@@ -88,7 +102,7 @@ class Outcome:
 
 def plan_model(
     file: GgufFile, options: Options, order: Iterable[GgufTensor] | None = None
-) -> list[Outcome]:
+) -> list[Outcome[GgufTensor]]:
     """Decide what every tensor becomes, as llama-quantize would, in llama-quantize's order.
 
     Raises:
@@ -122,7 +136,7 @@ def llama_quantize_order(file: GgufFile) -> list[GgufTensor]:
 
 def model_metadata(
     file: GgufFile,
-    target: TensorType | None,
+    target: Format | None,
     changes: Mapping[str, Field] | None = None,
     mixture: str = "",
 ) -> dict[str, Any]:
@@ -146,9 +160,9 @@ def model_metadata(
 
 def write_model(
     file: GgufFile,
-    outcomes: Sequence[Outcome],
+    outcomes: Sequence[Outcome[GgufTensor]],
     outputs: Sequence[Path],
-    target: TensorType | None,
+    target: Format | None,
     *,
     mixture: str = "",
     metadata: Mapping[str, Field] | None = None,
@@ -156,6 +170,7 @@ def write_model(
     keep_split: bool = False,
     allow_overflow: bool = False,
     threads: int | None = None,
+    client: Client | None = None,
     done: Done = _ignore,
     advance: Advance = _ignore,
 ) -> None:
@@ -172,12 +187,15 @@ def write_model(
         keep_split: whether tensors stay in the shards that they are in.
         allow_overflow: write finite values that come back as infinite or NaN.
         threads: worker threads of the codecs.
+        client: whose workers do it, one thread each, see `gguf_io.distributed.connected`; if
+            omitted, this process does.
         done: called with every tensor that has been written.
         advance: called with the number of source bytes that have been read.
 
     Raises:
         ValueOverflowError: finite values would come back as infinite or NaN.
         FileFormatError: the source changed while it was read.
+        BackendError: a worker cannot do it, or none is left.
         OSError: a file cannot be written.
     """
 
@@ -187,17 +205,18 @@ def write_model(
 
     fields = model_metadata(file, target, metadata, mixture)
     tensors = [_output_tensor(outcome, threads, done, advance) for outcome in outcomes]
+    fill = write_chunks if client is None else filler(client, outcomes, done, advance)
     if not keep_split:
-        write_gguf(outputs[0], fields, tensors, dialect, approve=approve)
+        write_gguf(outputs[0], fields, tensors, dialect, approve=approve, fill=fill)
         return
     shards: list[list[OutputTensor]] = [[] for _ in outputs]
     for outcome, tensor in zip(outcomes, tensors, strict=True):
         shards[outcome.tensor.shard].append(tensor)
     prefix = str(outputs[0]).removesuffix(f"-00001-of-{len(outputs):05d}.gguf")
-    write_gguf_shards(prefix, fields, shards, dialect, approve=approve)
+    write_gguf_shards(prefix, fields, shards, dialect, approve=approve, fill=fill)
 
 
-def refuse_overflow(outcomes: Iterable[Outcome], allowed: bool) -> None:
+def refuse_overflow(outcomes: Iterable[Outcome[Source]], allowed: bool) -> None:
     """Raise ValueOverflowError if finite values would come back as infinite or NaN."""
     counts = {o.tensor.name: o.overflowed for o in outcomes if o.overflowed}
     if counts and not allowed:
@@ -205,81 +224,27 @@ def refuse_overflow(outcomes: Iterable[Outcome], allowed: bool) -> None:
 
 
 def _output_tensor(
-    outcome: Outcome, threads: int | None, done: Done, advance: Advance
+    outcome: Outcome[GgufTensor], threads: int | None, done: Done, advance: Advance
 ) -> OutputTensor:
     tensor = outcome.tensor
 
     def chunks() -> Iterator[np.ndarray]:
-        if outcome.converts:
-            for piece in tensor_pieces(outcome):
-                yield _converted(outcome, piece, threads)
-                advance(piece.n_bytes(tensor))
-        else:
-            for data in tensor.pieces():
-                yield data
-                advance(data.nbytes)
+        for step in outcome.steps():
+            yield _converted(outcome, step, threads)
+            advance(step.n_bytes)
         done(outcome)
 
     return OutputTensor(tensor.name, tensor.shape, outcome.type, outcome.n_bytes, chunks)
 
 
-class Piece(NamedTuple):
-    """Values of a tensor: whole rows, or a part of one."""
-
-    rows: slice
-    values: slice
-
-    def n_bytes(self, tensor: GgufTensor) -> int:
-        """Return about how many bytes of its tensor it is."""
-        n = (self.rows.stop - self.rows.start) * (self.values.stop - self.values.start)
-        return tensor.n_bytes * n // tensor.n_values
-
-
-def tensor_pieces(outcome: Outcome) -> Iterator[Piece]:
-    """Yield what is converted at a time: rows, or parts of rows that are too wide to be held."""
-    tensor, codec = outcome.tensor, outcome.type.codec
-    n = tensor.row_values
-    source = tensor.format.codec
-    whole = (
-        outcome.repacks or codec.position == "row" or codec.layout.header or source.layout.header
-    )
-    step = max(1, CHUNK_VALUES // n)
-    group = math.lcm(codec.group_values, source.group_values)
-    part = n if whole or n <= CHUNK_VALUES else max(1, CHUNK_VALUES // group) * group
-    for start in range(0, tensor.n_rows, step):
-        for first in range(0, n, part):
-            last = min(first + part, n)
-            yield Piece(slice(start, min(start + step, tensor.n_rows)), slice(first, last))
-
-
-def _repacks(tensor: GgufTensor | CacheTensor, kind: TensorType) -> bool:
-    known = isinstance(tensor.format, Format) and isinstance(kind, Format)
-    return known and tensor.format != kind and tbq.repackable(tensor.format, kind)
-
-
-def _converted(outcome: Outcome, piece: Piece, threads: int | None) -> np.ndarray:
-    if _repacks(outcome.tensor, outcome.type):
-        rows = outcome.tensor.rows(piece.rows.start, piece.rows.stop)
-        return tbq.repack(rows, outcome.tensor.format, outcome.type)
-    x = outcome.tensor.dequantize_piece(piece.rows, piece.values, threads=threads)
-    outcome.nonfinite += x.size - int(np.isfinite(x).sum())
-    first = piece.rows.start * index_step(outcome.type, outcome.tensor.ggml_shape[0])
-    first += piece.values.start // outcome.type.group_values
-    position = first if index_step(outcome.type, x.shape[-1]) else 0
-    writer = _writer(outcome.type)
-    packed = tbq.quantize(x, writer, first_block=position, threads=threads)
-    outcome.overflowed += overflowed(x, packed, outcome.type)
-    return packed
-
-
-def _writer(kind: TensorType) -> TensorType:
-    """Return llama-quantize's own writer of a type where ggml has two."""
-    found = writers(kind) if kind.is_ggml else []
-    return next((fmt for fmt in found if fmt.dialect.startswith("llama-quantize")), kind)
+def _converted(outcome: Outcome[GgufTensor], step: Step, threads: int | None) -> np.ndarray:
+    found = carry_out(step, outcome.tensor.read(step.start, step.n_bytes), threads)
+    outcome.count(found.nonfinite, found.overflowed)
+    return found.data
 
 
 def verify_model(
-    outcomes: Sequence[Outcome],
+    outcomes: Sequence[Outcome[GgufTensor]],
     written: GgufFile,
     *,
     threads: int | None = None,
@@ -288,24 +253,26 @@ def verify_model(
     """Compare every tensor of a written model with its source, and keep what is found."""
     for outcome in outcomes:
         source, copy = outcome.tensor, written.tensors[outcome.tensor.name]
-        if outcome.converts:
-            outcome.distortion = Distortion()
-            for piece in tensor_pieces(outcome):
-                x, y = (t.dequantize_piece(*piece, threads=threads) for t in (source, copy))
-                outcome.distortion.add(x, y)
-                advance(piece.n_bytes(source))
-            continue
-        outcome.identical, at = True, 0
-        for data in source.pieces():
-            outcome.identical &= np.array_equal(data, copy.read(at, data.size))
-            at += data.size
-            advance(data.size)
+        distortion, identical = Distortion(), True
+        for step in outcome.steps():
+            before = source.read(step.start, step.n_bytes)
+            after = copy.read(step.at, step.n_written)
+            if outcome.converts:
+                x, y = (
+                    dequantize_rows(data.reshape(step.n_rows, -1), kind, threads=threads)
+                    for data, kind in ((before, source.format), (after, copy.format))
+                )
+                distortion.add(x, y)
+            else:
+                identical &= np.array_equal(before, after)
+            advance(step.n_bytes)
+        outcome.compared(distortion, identical)
 
 
 # --- dumps ---------------------------------------------------------------------------------------
 
 
-def state_outcomes(plan: Plan) -> list[Outcome]:
+def state_outcomes(plan: Plan) -> list[Outcome[CacheTensor]]:
     """Return what becomes of each tensor of a dump that has bytes."""
     return [
         Outcome(c.tensor, c.format, c.converts, c.n_bytes, _note(c))
@@ -325,7 +292,7 @@ def _note(c: Conversion) -> str:
 
 
 def verify_state(
-    outcomes: Sequence[Outcome],
+    outcomes: Sequence[Outcome[CacheTensor]],
     written: StateFile,
     *,
     threads: int | None = None,
@@ -334,19 +301,17 @@ def verify_state(
     """Compare every tensor of a written dump with its source, and keep what is found."""
     for outcome in outcomes:
         source, copy = outcome.tensor, written.tensors[outcome.tensor.name]
-        unknown = isinstance(source.format, Unknown)
-        wide = 0 if unknown else max(source.n_embd, copy.n_embd)
+        wide = max(source.n_embd or 0, copy.n_embd or 0)
         step = max(1, CHUNK_VALUES // (wide or source.row_bytes))
-        distortion, outcome.identical = Distortion(), True
+        distortion, identical = Distortion(), True
         for start in range(0, source.n_cells, step):
             stop = min(start + step, source.n_cells)
             if outcome.converts:
                 x, y = (t.values(start, stop, threads=threads) for t in (source, copy))
                 distortion.add(x, y)
             else:
-                same = np.array_equal(source.rows(start, stop), copy.rows(start, stop))
-                outcome.identical &= same
+                identical &= np.array_equal(source.rows(start, stop), copy.rows(start, stop))
             advance((stop - start) * source.row_bytes)
+        outcome.compared(distortion, identical)
         if outcome.converts:
-            outcome.identical, outcome.distortion = None, distortion
             outcome.nonfinite = distortion.nonfinite_original

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tbq
 from gguf_io.memory_classes import ALWAYS_ROTATED, Part, parts_of
@@ -138,7 +138,7 @@ class RotationChoice:
     @property
     def reason(self) -> str:
         """One sentence for the user."""
-        said: dict[tuple, list[str]] = {}
+        said: dict[tuple[Any, ...], list[str]] = {}
         for c in self.caches:
             said.setdefault((c.side, c.kind, c.reason), []).append(c.part)
         texts = []
@@ -219,7 +219,7 @@ def _indexer_like(graph: Graph, tensors: Sequence[CacheTensor]) -> bool:
     """Tell whether heads are as wide as the indexer's, by the model or else by the rows."""
     if graph.model is not None:
         return graph.model.indexer_width == graph.model.head_dim_k[0]
-    widths = {"lid": set(), "swa": set()}
+    widths: dict[str, set[int]] = {"lid": set(), "swa": set()}
     for t in tensors:
         if t.kind == "K" and t.head_dim:
             widths.get(graph.parts[t.memory].name, set()).add(t.head_dim)
@@ -339,7 +339,7 @@ def _unfit(mine: _Side, memory: int, part: Part) -> str | None:
     return None
 
 
-def _class_question(mode: str, sides, graph: Graph) -> str:
+def _class_question(mode: str, sides: Any, graph: Graph) -> str:
     """Say what has to be asked where classes that may have written the file rotate differently."""
     if not graph.candidates:
         return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -137,7 +138,7 @@ class BlockHealth:
         counts |= {f"blocks have {name}": n for name, n in self.anomalies.items()}
         return [f"{n} {text}" for text, n in counts.items() if n]
 
-    def report(self) -> dict:
+    def report(self) -> dict[str, Any]:
         """Return the counts for the JSON report."""
         return {
             "blocks": self.blocks,

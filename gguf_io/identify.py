@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -77,13 +78,19 @@ class StoredRows:
 
     where: str
     type_id: int
-    buffer: object = field(repr=False)
+    buffer: Any = field(repr=False)
     start: int
     rows: int
     row_values: int | None = None
     row_bytes: int | None = None
     room: tuple[int, int] | None = None
     is_last: bool = False
+
+    @property
+    def values(self) -> int:
+        """Values per row, where bytes are not known."""
+        assert self.row_values is not None, "a row is of so many bytes or so many values"
+        return self.row_values
 
     def misfit(self, fmt: Format) -> str | None:
         """Say why the rows cannot be of a format; None if they can."""
@@ -97,19 +104,20 @@ class StoredRows:
                     f"{self.where} are {self.row_bytes} bytes long, blocks of {fmt.label} {group}"
                 )
             return None
-        if self.row_values % fmt.group_values:
+        if self.values % fmt.group_values:
             need = f"{fmt.label} needs a multiple of {fmt.group_values}"
             return f"rows of {self.where} have {self.row_values} values, {need}"
-        need, room = self.rows * fmt.row_bytes(self.row_values), self.room[0]
-        if room < need or not (self.is_last or self.fills(fmt)):
-            return f"{self.where} has room for {room} bytes, as {fmt.label} it takes {need}"
+        assert self.room is not None, "where row_bytes is not known, the room is"
+        taken, room = self.rows * fmt.row_bytes(self.values), self.room[0]
+        if room < taken or not (self.is_last or self.fills(fmt)):
+            return f"{self.where} has room for {room} bytes, as {fmt.label} it takes {taken}"
         return None
 
     def fills(self, fmt: Format) -> bool:
         """Tell whether rows of a format leave nothing over but what aligns the next."""
         if self.room is None:
             return True
-        need, (room, alignment) = self.rows * fmt.row_bytes(self.row_values), self.room
+        need, (room, alignment) = self.rows * fmt.row_bytes(self.values), self.room
         return room in (need, -(-need // alignment) * alignment)
 
     @np.errstate(all="ignore")
@@ -136,7 +144,7 @@ class StoredRows:
 
     def sample(self, fmt: Format) -> np.ndarray:
         """Return the blocks of the first rows as those of a format, (rows, blocks)."""
-        width = self.row_bytes if self.row_bytes is not None else fmt.row_bytes(self.row_values)
+        width = self.row_bytes if self.row_bytes is not None else fmt.row_bytes(self.values)
         if not width or not self.rows:
             return np.empty((0, 0), fmt.block)
         blocks = (width - fmt.layout.header_bytes) // fmt.block_bytes
@@ -176,7 +184,7 @@ def identify(
     if given is not None:
         dialect, release = split_dialect(given)
         own = stated is not None and isinstance(stated[0], str) and stated[0] == dialect.name
-        if release is None and own:
+        if release is None and stated is not None and own:
             choice = _stated(stated, misfits)
             if choice.dialect is not None:
                 return replace(choice, reason="given by the caller")
@@ -254,7 +262,7 @@ class _Misfits:
     def overflowing(self, dialect: Dialect, release: Release) -> bool:
         """Tell whether a release's formats leave bytes over that belong to nothing."""
         mine = (rows for rows in self.stored if rows.type_id in self.disputed)
-        return not all(r.fills(meaning(r.type_id, dialect.name, release.name)) for r in mine)
+        return not all(r.fills(_meaning(r.type_id, dialect, release)) for r in mine)
 
     def anomalous(self, dialect: Dialect, release: Release) -> bool:
         """Tell whether rows hold what no encoder of a release, on any backend, writes."""
@@ -263,7 +271,7 @@ class _Misfits:
         for rows in self.stored:
             if rows.type_id not in self.disputed:
                 continue
-            fmt = meaning(rows.type_id, dialect.name, release.name)
+            fmt = _meaning(rows.type_id, dialect, release)
             own = [f for d in backends for f in d.named(fmt.name.lower())] or [fmt]
             same = [f for f in {fmt, *own} if f.block == fmt.block]
             if all(rows.anomalies(f) for f in same):
@@ -331,9 +339,9 @@ def _distinct(
     fitting: list[tuple[Dialect, Release]], ids: list[int]
 ) -> list[tuple[Dialect, Release]]:
     """Keep one of those that read the ids in the same way, traits of the cache included."""
-    kept: dict[tuple, tuple[Dialect, Release]] = {}
+    kept: dict[tuple[Any, ...], tuple[Dialect, Release]] = {}
     for dialect, release in fitting:
-        formats = [meaning(i, dialect.name, release.name) for i in ids]
+        formats = [_meaning(i, dialect, release) for i in ids]
         own = all(fmt.is_ggml for fmt in formats)
         state = dialect.state.of({fmt.name for fmt in formats})
         traits = None if own else (dialect.rotation, state)
@@ -342,6 +350,13 @@ def _distinct(
         )
         kept.setdefault((codecs, traits), (dialect, release))
     return list(kept.values())
+
+
+def _meaning(type_id: int, dialect: Dialect, release: Release) -> Format:
+    """Return what an id means in a release that has it."""
+    fmt = meaning(type_id, dialect.name, release.name)
+    assert fmt is not None, (type_id, dialect.name, release.name)
+    return fmt
 
 
 def _candidate_names(found: list[tuple[Dialect, Release]]) -> tuple[str, ...]:
@@ -354,7 +369,7 @@ def _candidate_names(found: list[tuple[Dialect, Release]]) -> tuple[str, ...]:
     )
 
 
-def gguf_rows(file, records_and_stops) -> list[StoredRows]:
+def gguf_rows(file: Any, records_and_stops: Any) -> list[StoredRows]:
     """Return the tensors of a parsed GGUF file as rows; those without values are left out."""
     found = []
     for record, stop in records_and_stops:

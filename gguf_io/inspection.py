@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,9 +17,10 @@ from gguf_io.health import BlockHealth
 from gguf_io.queries import NONE, Queries, exact_attention
 from gguf_io.reader import GgufFile, GgufTensor
 from gguf_io.state import StateFile
-from gguf_io.types import TensorType, Unknown, dequantize_rows
-from tbq import InputError, Rotation, TbqError
+from gguf_io.types import Unknown, dequantize_rows
+from tbq import Format, InputError, Rotation, TbqError
 from tbq.quality import AttentionError, Distortion
+from tbq.quality.attention_error import ExactAttention
 from tbq.quality.statistics import HeadStatistics, head_statistics
 from tbq.rotations import KINDS
 
@@ -99,7 +100,7 @@ class Settings:
     """
 
     max_rows: int = 4096
-    candidates: list[TensorType] = field(default_factory=list)
+    candidates: list[Format] = field(default_factory=list)
     layers: Container[int] | None = None
     threads: int | None = None
     queries: Queries = NONE
@@ -152,13 +153,13 @@ class Inspection:
 
     def layer_candidates(self) -> list[LayerCandidates]:
         """Return the candidates of each layer's K and V."""
-        layers: dict[tuple, LayerCandidates] = {}
+        layers: dict[tuple[Any, ...], LayerCandidates] = {}
         for f in self.findings:
             t = f.tensor
             if t.kind in "KV" and f.candidates:
                 name = re.sub(r"cache_[kv]_l", "layer ", t.name)
                 layer = layers.setdefault((t.memory, t.layer), LayerCandidates(name, {}, {}))
-                layer.widths[t.kind] = t.row_values
+                layer.widths[t.kind] = t.row_values or 0
                 layer.results[t.kind] = f.candidates
         return list(layers.values())
 
@@ -199,8 +200,9 @@ def inspect_file(
                 _compare(f, other, pairings.get(f.tensor.memory), inspection, settings)
         _attention(done, others, pairings, inspection, settings)
         _try_candidates(done, inspection, settings, progress)
-    for opened in filter(None, (file, reference)):
-        opened.check_unchanged()
+    for opened in (file, reference):
+        if opened is not None:
+            opened.check_unchanged()
     order = {t.name: i for i, t in enumerate(tensors)}
     inspection.findings.sort(key=lambda f: order[f.tensor.name])
     return inspection
@@ -218,7 +220,7 @@ def selected_tensors(file: StateFile | GgufFile, layers: Container[int] | None) 
 
 def _layers(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
     """Yield the K and V of each layer together, everything else alone."""
-    groups: dict[tuple, list[Tensor]] = {}
+    groups: dict[tuple[Any, ...], list[Tensor]] = {}
     for t in tensors:
         key = (t.memory, t.layer) if t.kind in "KV" else (t.name,)
         groups.setdefault(key, []).append(t)
@@ -246,7 +248,7 @@ def statistics_rotation(t: Tensor) -> Rotation | None:
     if not width or width % ROTATED_MULTIPLE or t.kind in "RSP":
         return None
     kind = "hadamard64" if t.kind == "T" else rotation_kind(t.kind, [])
-    return tbq.rotation(kind, width)
+    return None if kind is None else tbq.rotation(kind, width)
 
 
 # --- one tensor ----------------------------------------------------------------------------------
@@ -313,7 +315,7 @@ def _suspect_rotation(f: Findings, inspection: Inspection) -> None:
 
 
 def _check_reference(
-    inspection: Inspection, tensors: list[Tensor], others: dict[str, Tensor], reference
+    inspection: Inspection, tensors: list[Tensor], others: dict[str, Tensor], reference: Any
 ) -> None:
     missing = [t.name for t in tensors if t.name not in others]
     if len(missing) == len(tensors):
@@ -328,12 +330,14 @@ def _check_reference(
     file = inspection.file
     if isinstance(file, StateFile):
         mine, its = file.container.tokens, reference.container.tokens
-        n = min(len(mine), len(its)) if mine is not None and its is not None else 0
+        if mine is None or its is None:
+            return
+        n = min(len(mine), len(its))
         if n and not np.array_equal(mine[:n], its[:n]):
             inspection.warn("the reference was made from other tokens")
 
 
-def _pairings(file, reference) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+def _pairings(file: Any, reference: Any) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """Return, per memory, the rows of the file and of the reference that are the same cells."""
     if not isinstance(file, StateFile):
         return {}
@@ -385,7 +389,7 @@ def _compare(
         inspection.warn(f"shapes differ from the reference's: {shapes}", t.name)
         return
     f.distortion = Distortion()
-    step = max(1, CHUNK_VALUES // t.n_embd)
+    step = max(1, CHUNK_VALUES // (t.n_embd or 1))
     for start in range(0, len(mine), step):
         x = other.values_at(its[start : start + step], threads=settings.threads)
         y = t.values_at(mine[start : start + step], threads=settings.threads)
@@ -400,12 +404,12 @@ def _compare(
 def _explanation(t: Tensor, exact: np.ndarray, found: np.ndarray) -> str:
     """Say which other reading of the rotation would explain a large error."""
     if t.kind in "KV":
-        n = t.row_values
+        n = t.row_values or 0
         stored = found if t.rotation is None else t.rotation.forward(found)
         stored, exact = stored.reshape(-1, n), exact.reshape(-1, n)
         readings = [(_relative_mse(stored, exact), "no rotation")]
         for kind in KINDS:
-            for width in sorted({64, 128, 256, 512, t.head_dim}):
+            for width in sorted({64, 128, 256, 512, t.head_dim or 64}):
                 if width % ROTATED_MULTIPLE == 0 and n % width == 0:
                     undone = tbq.rotation(kind, width).inverse(stored)
                     readings.append(
@@ -459,14 +463,20 @@ def _attention(
 def _exact(
     inspection: Inspection,
     settings: Settings,
-    t: CacheTensor,
+    t: Tensor,
     rows: np.ndarray,
     k: np.ndarray,
     v: np.ndarray | None,
-):
+) -> ExactAttention | None:
     """Return the exact attention to some rows of a layer, None if that cannot be had."""
-    keys = _cell_keys(inspection.file, t.memory)[rows]
-    windowed = inspection.file.memory_names[t.memory] == "swa"
+    file = inspection.file
+    assert isinstance(file, StateFile), "models have no keys"
+    assert t.layer is not None, "keys are those of a layer"
+    if not _is_cache(file, t.memory):
+        inspection.warn("has no cells of its own: attention to it is not computed", t.name)
+        return None
+    keys = _cell_keys(file, t.memory)[rows]
+    windowed = file.memory_names[t.memory] == "swa"
     exact = exact_attention(settings.queries, t.layer, windowed, keys, k, v)
     if exact is None:
         inspection.warn("no query of the file looks at any of its cells", t.name)

@@ -44,7 +44,7 @@ def parse_layers(text: str, dialect: str | None, shapes: CacheShapes) -> dict[in
         first, last = (
             (int(match["first"]), int(match["last"] or match["first"])) if match else (1, 0)
         )
-        if last < first:
+        if match is None or last < first:
             need = "ranges of layers and types, such as 0-10=q8_0,11-31=q8_0/q4_0"
             raise InputError("--layers", text, need)
         k = resolve_type(match["k"], dialect)

@@ -6,11 +6,24 @@ import mmap
 import os
 import stat
 import weakref
+from hashlib import blake2b
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from tbq import FileFormatError
+from tbq import ClosedFileError, FileFormatError
+
+HEAD_BYTES = 1 << 16  # that a file is known by
+
+
+class Mark(NamedTuple):
+    """What tells a file from another one under its path, here or on another machine."""
+
+    path: str
+    n_bytes: int
+    modified: int
+    digest: bytes
 
 
 class MappedFile(mmap.mmap):
@@ -24,6 +37,17 @@ class MappedFile(mmap.mmap):
     path: Path
     _descriptor: int
     _state: tuple[int, int]
+    _closed = False
+
+    def close(self) -> None:
+        """Unmap the file; BufferError, and the map lives on, while arrays view it."""
+        self._closed = True
+        super().close()
+
+    def require_open(self) -> None:
+        """Raise ClosedFileError if the file was closed."""
+        if self._closed:
+            raise ClosedFileError(self.path)
 
     def read_at(self, start: int, n_bytes: int) -> np.ndarray:
         """Return bytes [start, start + n_bytes) as a new uint8 array.
@@ -62,8 +86,19 @@ class MappedFile(mmap.mmap):
         self.check_unchanged()
         return data
 
+    def mark(self) -> Mark:
+        """Return size, modification time and a digest of the first bytes, under the full path.
+
+        Raises:
+            FileFormatError: the file was truncated, or written to, after it was opened.
+        """
+        n_bytes, modified = self._state
+        head = self.read_at(0, min(n_bytes, HEAD_BYTES))
+        return Mark(os.path.abspath(self.path), n_bytes, modified, blake2b(head.data).digest())
+
     def _fill(self, out: np.ndarray, start: int) -> None:
         """Read into contiguous uint8 `out`; FileFormatError if the file ends before."""
+        self.require_open()
         done = 0
         while done < len(out):
             piece = _read_into(self._descriptor, out[done:], start + done)
@@ -82,7 +117,16 @@ class MappedFile(mmap.mmap):
             raise FileFormatError(self.path, None, "was written to while it was read")
 
 
-def map_file(path: str | os.PathLike) -> MappedFile:
+def find_marked(mark: Mark) -> MappedFile | None:
+    """Return the file that was marked, if this machine sees it as the one that marked it did."""
+    try:
+        file = map_file(mark.path)
+        return file if file.mark() == mark else None
+    except (OSError, FileFormatError):
+        return None
+
+
+def map_file(path: str | os.PathLike[str]) -> MappedFile:
     """Map a regular, non-empty file read-only.
 
     Raises:

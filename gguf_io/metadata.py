@@ -14,7 +14,7 @@ from gguf import GGUFValueType
 from tbq import InputError
 
 # The scalar value types and their NumPy dtypes; BOOL is one byte.
-SCALARS = {
+SCALARS: dict[GGUFValueType, np.dtype] = {
     GGUFValueType.UINT8: np.dtype("<u1"),
     GGUFValueType.INT8: np.dtype("<i1"),
     GGUFValueType.UINT16: np.dtype("<u2"),
@@ -30,20 +30,20 @@ SCALARS = {
 _BY_DTYPE = {dtype: kind for kind, dtype in SCALARS.items()}
 
 
-class StringArray(Sequence):
+class StringArray(Sequence[Any]):
     """The strings of an array field, decoded one by one when indexed.
 
     Bytes that are not UTF-8 come back as lone surrogates (surrogateescape), so no byte is lost.
     """
 
-    def __init__(self, buffer: memoryview, starts: array) -> None:
+    def __init__(self, buffer: memoryview, starts: array[Any]) -> None:
         self._buffer = buffer
         self._starts = starts  # where each string's 64-bit length stands
 
     def __len__(self) -> int:
         return len(self._starts)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         start = self._starts[index]
@@ -54,7 +54,7 @@ class StringArray(Sequence):
         return f"<StringArray of {len(self)}>"
 
 
-def _text(data) -> str:
+def _text(data: Any) -> str:
     return bytes(data).decode("utf-8", errors="surrogateescape")
 
 
@@ -72,7 +72,7 @@ class Field:
     type: GGUFValueType
     item_type: GGUFValueType | None
     raw: memoryview
-    starts: array | None = None
+    starts: array[Any] | None = None
 
     @property
     def value(self) -> Any:
@@ -82,7 +82,8 @@ class Field:
         if self.type is not GGUFValueType.ARRAY:
             return _numbers(self.raw[4:], self.type)[0].item()
         if self.item_type is GGUFValueType.STRING:
-            return StringArray(self.raw, self.starts)
+            return StringArray(self.raw, self.starts or array("Q"))
+        assert self.item_type is not None, "an array has items of a type"
         return _numbers(self.raw[16:], self.item_type)
 
     @classmethod
@@ -112,7 +113,7 @@ class Field:
         return cls(GGUFValueType.ARRAY, kind, memoryview(head + items.tobytes()))
 
     @classmethod
-    def _of_strings(cls, values: Sequence) -> Field:
+    def _of_strings(cls, values: Sequence[Any]) -> Field:
         raw = bytearray(struct.pack("<IIQ", GGUFValueType.ARRAY, GGUFValueType.STRING, len(values)))
         starts = array("Q")
         for value in values:
@@ -155,7 +156,7 @@ def _typed(value: Any, kind: GGUFValueType | None) -> np.ndarray:
     raise InputError("metadata value", f"{type(value).__name__} {value!r:.60}", need)
 
 
-def _dtypes(value: Any, items: Sequence | np.ndarray) -> list[np.dtype]:
+def _dtypes(value: Any, items: Sequence[Any] | np.ndarray) -> list[np.dtype]:
     """Return the dtypes to try for a value: NumPy's own, or what gguf-py makes of Python's."""
     if isinstance(value, (np.generic, np.ndarray)):
         return [value.dtype.newbyteorder("<")]
@@ -164,7 +165,7 @@ def _dtypes(value: Any, items: Sequence | np.ndarray) -> list[np.dtype]:
     return [np.dtype(name) for name in choices.get(types.pop(), [])] if len(types) == 1 else []
 
 
-def _fits(items: Sequence | np.ndarray, dtype: np.dtype) -> bool:
+def _fits(items: Sequence[Any] | np.ndarray, dtype: np.dtype) -> bool:
     if not len(items) or getattr(items, "dtype", None) == dtype:
         return True
     if dtype.kind in "iu":
@@ -175,7 +176,7 @@ def _fits(items: Sequence | np.ndarray, dtype: np.dtype) -> bool:
     return all(isinstance(item, allowed) for item in items)
 
 
-class Metadata(Mapping):
+class Metadata(Mapping[str, Any]):
     """The metadata of a file: a mapping from key to decoded value, over `fields`.
 
     A file may hold anything under any key. What needs a certain type takes it from `text` or

@@ -50,7 +50,9 @@ class Mixture:
         heads = _first(metadata.get(f"{self.architecture}.attention.head_count"), 0)
         keys = _first(metadata.get(f"{self.architecture}.attention.head_count_kv"), heads)
         self.shared = heads // keys if keys else 0
-        is_70b = self._layers is not None and self._layers == LAYERS_OF_70B.get(self.architecture)
+        is_70b = self._layers is not None and self._layers == LAYERS_OF_70B.get(
+            self.architecture or ""
+        )
         self.is_70b = is_70b and (self.architecture != "llama" or heads != keys)
         self.values = sum(_is_value(name) for name in file.tensors)
         self.values_seen = self.downs_seen = 0
@@ -147,5 +149,6 @@ def _first(value: object, default: int) -> int:
     """Return a number, or the first of an array of them; the default for anything else."""
     if isinstance(value, np.ndarray) and value.size:
         value = value[0].item()
-    counts = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    return value if counts else default
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    return default

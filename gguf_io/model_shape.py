@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -151,7 +151,7 @@ class ModelShape:
         return {(self.n_head_kv[il], self.head_dim(kind, il)) for il in layers}
 
 
-def model_shape(model: str | os.PathLike | GgufFile) -> ModelShape:
+def model_shape(model: str | os.PathLike[str] | GgufFile) -> ModelShape:
     """Read the shape from a model file; the metadata suffices, tensors are not looked at.
 
     Raises:
@@ -168,7 +168,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_NUMBER
 
 
-def _items(value: Any) -> list | None:
+def _items(value: Any) -> list[Any] | None:
     """Return the first items of an array as Python values; None for anything else."""
     if isinstance(value, (np.ndarray, StringArray)):
         some = value[:MAX_LAYERS]
@@ -187,7 +187,7 @@ class Keys:
             self._fail("general.architecture", architecture, "a name")
         self.architecture: str = architecture
 
-    def _fail(self, key: str, value: Any, need: str):
+    def _fail(self, key: str, value: Any, need: str) -> NoReturn:
         got = "is missing" if value is None else f"is {brief(value)}"
         key = key if key.isprintable() else repr(key)
         raise FileFormatError(self.path, None, f"metadata key {key:.200} {got}, need {need}")
@@ -285,7 +285,7 @@ class Keys:
             return self.number("leading_dense_block_count", 0)
         return 0 if self.architecture == "qwen4exp" else None
 
-    def _head_dims(self, key: str, default: int, is_swa, n_layer: int) -> tuple[int, ...]:
+    def _head_dims(self, key: str, default: int, is_swa: Any, n_layer: int) -> tuple[int, ...]:
         full = self.number(key, default)
         window = self.number(f"{key}_swa", full)
         return tuple(window if swa else full for swa in is_swa or (False,) * n_layer)

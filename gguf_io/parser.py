@@ -15,6 +15,7 @@ import struct
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NoReturn
 
 from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFValueType
 
@@ -76,7 +77,7 @@ class ParsedFile:
         return len(self.map)
 
 
-def parse(path: str | os.PathLike) -> ParsedFile:
+def parse(path: str | os.PathLike[str]) -> ParsedFile:
     """Map and parse a GGUF file.
 
     Raises:
@@ -116,7 +117,7 @@ class _Parser:
         file.data_start = -(-self.at // file.alignment) * file.alignment
         return file
 
-    def _fail(self, where: int, reason: str):
+    def _fail(self, where: int, reason: str) -> NoReturn:
         raise FileFormatError(self.file.path, where, reason)
 
     def _skip(self, n: int, what: str) -> int:
@@ -136,6 +137,10 @@ class _Parser:
     def _version(self) -> int:
         magic = bytes(self.buffer[self._skip(4, "magic") : self.at])
         if magic != MAGIC:
+            from gguf_io.state_container import MAGICS  # which knows this module
+
+            if int.from_bytes(magic, "little") in MAGICS:
+                self._fail(0, "a state file, not a GGUF file; use open_state")
             self._fail(0, f"magic is {magic!r}, a GGUF file starts with {MAGIC!r}")
         version = self._u32("version")
         if version not in VERSIONS:
@@ -188,7 +193,7 @@ class _Parser:
             self._skip(SCALARS[kind].itemsize, f"value of {key!r}")
         return Field(kind, item_type, self.buffer[start : self.at], starts)
 
-    def _array(self, key: str, start: int) -> tuple[GGUFValueType, array | None]:
+    def _array(self, key: str, start: int) -> tuple[GGUFValueType, array[Any] | None]:
         where = self.at
         item_type = self._value_type(f"item type of {key!r}")
         n = self._u64(f"length of {key!r}")
@@ -203,7 +208,7 @@ class _Parser:
             self._fail(where, f"{key!r} has {n} strings, more than fit {self.end - self.at} bytes")
         return item_type, self._string_starts(key, start, n)
 
-    def _string_starts(self, key: str, start: int, n: int) -> array:
+    def _string_starts(self, key: str, start: int, n: int) -> array[Any]:
         """Walk n strings; return where each begins, counted from `start`."""
         starts = array("Q", bytes(8 * n))
         at, end, buffer, unpack = self.at, self.end, self.buffer, _U64.unpack_from

@@ -236,7 +236,8 @@ class MemoryPlan:
     @cached_property
     def state_bytes(self) -> int:
         """Bytes that do not grow with the context: recurrent states and compressors."""
-        return sum(part.n_bytes for part in (*self.recurrent, *self.compressors))
+        states = sum(part.n_bytes for part in self.recurrent)
+        return states + sum(part.n_bytes for part in self.compressors)
 
     @property
     def n_bytes(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -54,7 +55,7 @@ class Queries:
 NONE = Queries({}, {})
 
 
-def read_queries(path: str | os.PathLike) -> Queries:
+def read_queries(path: str | os.PathLike[str]) -> Queries:
     """Read the .npz that `tbq-eval --save-queries` writes: q0, q1, …, and perhaps windows, scales.
 
     Raises:
@@ -77,7 +78,7 @@ def read_queries(path: str | os.PathLike) -> Queries:
     return Queries(layers, {}, source=f"queries are the model's own, from {path}")
 
 
-def _entry(path, arrays: dict[str, np.ndarray], name: str, layer: int) -> float | None:
+def _entry(path: Any, arrays: dict[str, np.ndarray], name: str, layer: int) -> float | None:
     if name not in arrays:
         return None
     values = arrays[name].reshape(-1)
@@ -86,7 +87,7 @@ def _entry(path, arrays: dict[str, np.ndarray], name: str, layer: int) -> float 
     return float(values[layer])
 
 
-def queries_of_model(path: str | os.PathLike) -> Queries:
+def queries_of_model(path: str | os.PathLike[str]) -> Queries:
     """Say how long a model's queries are, from the weights of the norm that it gives them.
 
     Raises:
@@ -107,7 +108,12 @@ def queries_of_model(path: str | os.PathLike) -> Queries:
 
 
 def exact_attention(
-    queries: Queries, layer: int, windowed: bool, keys: np.ndarray, k: np.ndarray, v
+    queries: Queries,
+    layer: int,
+    windowed: bool,
+    keys: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray | None,
 ) -> ExactAttention | None:
     """Return the exact attention of a layer; None if no query sees any of the cells.
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,10 +20,12 @@ from gguf_io.identify import (
     identify,
     undecodable,
 )
+from gguf_io.mapped import Mark
 from gguf_io.metadata import Metadata, brief
 from gguf_io.parser import ParsedFile, TensorRecord, parse
+from gguf_io.tensors import Tensors, as_array
 from gguf_io.types import TensorType, Unknown, dequantize_rows, row_bytes
-from tbq import FileFormatError, InputError
+from tbq import ClosedFileError, FileFormatError, InputError
 
 SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 # CRC-32 of all shards of a set that was written here, with 0 in its place: the same in each.
@@ -31,7 +34,7 @@ PIECE_BYTES = 1 << 24
 _SPLIT_NAME = re.compile(r"(?P<prefix>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
-def split_path(prefix: str | os.PathLike, no: int, count: int) -> Path:
+def split_path(prefix: str | os.PathLike[str], no: int, count: int) -> Path:
     """Return the path of shard `no` (from 0) of `count`, as llama.cpp names it."""
     return Path(f"{prefix}-{no + 1:05d}-of-{count:05d}.gguf")
 
@@ -104,6 +107,7 @@ class GgufTensor:
     def _bytes(self) -> np.ndarray:
         if not self.n_bytes:  # where they would be can lie beyond the end of the file
             return np.empty(0, np.uint8)
+        self._file.map.require_open()
         return np.frombuffer(self._file.map, np.uint8, self.n_bytes, self.data_offset)
 
     def read(self, start: int, n_bytes: int) -> np.ndarray:
@@ -124,6 +128,10 @@ class GgufTensor:
         width = self.n_bytes // self.n_rows
         return self.read(start * width, (stop - start) * width).reshape(stop - start, width)
 
+    def mark(self) -> Mark:
+        """Return what its file is known by."""
+        return self._file.map.mark()
+
     def release(self, start: int, stop: int) -> None:
         """Do nothing: rows are copies, no pages of theirs stay mapped. For callers that were."""
 
@@ -135,6 +143,14 @@ class GgufTensor:
         """Yield all stored bytes, uint8 (n,), a piece at a time."""
         for start in range(0, self.n_bytes, PIECE_BYTES):
             yield self.read(start, min(PIECE_BYTES, self.n_bytes - start))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Return the values, so that `np.asarray` does; what is decoded is new each time."""
+        return as_array(self.dequantize(), dtype, copy)
+
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.shape))
+        return f"<GgufTensor {self.name}: {self.format.label}, {shape}>"
 
     def require_decodable(self) -> None:
         """Raise the error that `dequantize` would, having decoded no more than one group."""
@@ -151,20 +167,6 @@ class GgufTensor:
         if not self.n_values:
             return self._nothing((0, self.row_values))
         return dequantize_rows(self.rows(start, stop), self.format, threads=threads)
-
-    def dequantize_piece(
-        self, rows: slice, values: slice, *, threads: int | None = None
-    ) -> np.ndarray:
-        """Dequantise whole rows, or values [start, stop) of a single one, to float32 (rows, n).
-
-        A part of a row starts and ends between groups, and its format has nothing before a row.
-        """
-        if values.stop - values.start == self.ggml_shape[0]:
-            return self.dequantize_rows(rows.start, rows.stop, threads=threads)
-        width = self.n_bytes // self.n_rows
-        first, last = (row_bytes(self.format, n) if n else 0 for n in (values.start, values.stop))
-        part = self.read(rows.start * width + first, last - first)[None]
-        return dequantize_rows(part, self.format, threads=threads)
 
     def dequantize(self, *, threads: int | None = None) -> np.ndarray:
         """Dequantise to float32 of `shape`.
@@ -206,7 +208,7 @@ class GgufFile:
         self.dialect_reason = choice.reason
         self.dialect_guessed = choice.guessed
         self.warnings = tuple(text for file in files for text in file.warnings)
-        self.tensors: dict[str, GgufTensor] = {}
+        self.tensors: Tensors[GgufTensor] = Tensors()
         for shard, file in enumerate(files):
             for tensor in _tensors(file, shard, choice):
                 if tensor.name in self.tensors:
@@ -226,8 +228,9 @@ class GgufFile:
 
     def close(self) -> None:
         """Unmap the files, unless arrays that view them are still alive."""
-        self.tensors = {}
-        self.metadata = Metadata({})
+        if self.closed:
+            return
+        del self.tensors, self.metadata
         for file in self._files:
             file.fields = {}
             try:
@@ -239,15 +242,29 @@ class GgufFile:
     def __enter__(self) -> GgufFile:
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
+    @property
+    def closed(self) -> bool:
+        """Whether the file was closed."""
+        return not self._files
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Explain why a closed file lacks what an open one has."""
+            if name in ("tensors", "metadata"):
+                raise ClosedFileError(self.path)
+            raise AttributeError(name)
+
     def __repr__(self) -> str:
-        return f"<GgufFile {self.path} with {len(self.tensors)} tensors>"
+        what = "closed" if self.closed else f"{len(self.tensors)} tensors"
+        return f"<GgufFile {self.path}: {what}>"
 
 
 def open_gguf(
-    path: str | os.PathLike, dialect: str | None = None, *, follow_splits: bool = True
+    path: str | os.PathLike[str], dialect: str | None = None, *, follow_splits: bool = True
 ) -> GgufFile:
     """Open a GGUF file, or all shards of a split one by its first.
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from typing import Any
 
 MAGIC = b"SCKP"
 VERSION = 1
@@ -36,7 +37,7 @@ class Appendix:
     checkpoints: tuple[tuple[int, int, int, int], ...] = ()
 
 
-def appendix_at(mapped, at: int) -> Appendix | None:
+def appendix_at(mapped: Any, at: int) -> Appendix | None:
     """Return the appendix that starts at `at` and ends where the file does; None if none does."""
     if mapped[at : at + 4] != MAGIC:
         return None
@@ -47,7 +48,7 @@ def appendix_at(mapped, at: int) -> Appendix | None:
     return Appendix(at, len(mapped) - at, name, tuple(checkpoints))
 
 
-def _checkpoints(mapped, at: int) -> list[tuple[int, int, int, int]] | None:
+def _checkpoints(mapped: Any, at: int) -> list[tuple[int, int, int, int]] | None:
     """Read checkpoints up to the end of the file; None if that is not what is there."""
     end = len(mapped)
     if at + 12 > end:

@@ -11,6 +11,9 @@ from __future__ import annotations
 import os
 import struct
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from gguf_io.cache_tensor import CacheTensor
 from gguf_io.graph_rotation import Graph, RotationChoice, choose_rotation
@@ -35,8 +38,9 @@ from gguf_io.state_records import (
     Rows,
 )
 from gguf_io.state_views import ABSENT, Heads, cache_tensors, rotated
+from gguf_io.tensors import Tensors
 from gguf_io.types import dequantize_rows
-from tbq import FileFormatError, InputError, TbqError
+from tbq import ClosedFileError, FileFormatError, InputError, TbqError
 from tbq.registry import dialects, get_dialect, meaning, split_dialect
 
 IK_LLAMA = "ik_llama"
@@ -71,6 +75,7 @@ class StateFile:
         rotation: str,
     ) -> None:
         self._map = mapped
+        self.closed = False
         self.path = path
         self.container = chosen.container
         self.reading = chosen.reading
@@ -88,7 +93,7 @@ class StateFile:
         bare = cache_tensors(mapped, self.memories, self.parts, choice, heads)
         self.head_dim_reason = heads.reason
         self.rotation: RotationChoice = choose_rotation(rotation, bare, self.graph())
-        self.tensors = {t.name: t for t in rotated(bare, self.rotation)}
+        self.tensors = Tensors((t.name, t) for t in rotated(bare, self.rotation))
         self._check_names(bare)
 
     def _check_names(self, bare: list[CacheTensor]) -> None:
@@ -120,11 +125,13 @@ class StateFile:
     @property
     def size(self) -> int:
         """Bytes in the file."""
+        self._map.require_open()
         return len(self._map)
 
     @property
     def header(self) -> bytes:
         """The bytes before the memory."""
+        self._map.require_open()
         return bytes(self._map[: self.container.memory_at])
 
     @property
@@ -156,7 +163,7 @@ class StateFile:
             return [found.cells]
         return [stream.cells for stream in found.streams]
 
-    def bytes_at(self, start: int, n_bytes: int):
+    def bytes_at(self, start: int, n_bytes: int) -> Any:
         """Return bytes of the file as a new uint8 array."""
         return self._map.read_at(start, n_bytes)
 
@@ -166,26 +173,38 @@ class StateFile:
 
     def close(self) -> None:
         """Unmap the file, unless arrays that view it are still alive."""
-        self.tensors, self.memories, self.reading = {}, (), None
+        if self.closed:
+            return
+        self.closed = True
+        del self.tensors, self.memories, self.reading
         try:
             self._map.close()
         except BufferError:
             pass  # a view is alive; the map goes with it
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Explain why a closed file lacks what an open one has."""
+            if name in ("tensors", "memories", "reading"):
+                raise ClosedFileError(self.path)
+            raise AttributeError(name)
+
     def __enter__(self) -> StateFile:
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<StateFile {self.path}: {self.layout}, {len(self.tensors)} tensors>"
+        what = "closed" if self.closed else f"{len(self.tensors)} tensors"
+        return f"<StateFile {self.path}: {self.layout}, {what}>"
 
 
 def open_state(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     dialect: str | None = None,
-    model: str | os.PathLike | GgufFile | ModelShape | None = None,
+    model: str | os.PathLike[str] | GgufFile | ModelShape | None = None,
     *,
     rotation: str = "auto",
     head_dim: int | tuple[int, int] | None = None,
@@ -234,7 +253,7 @@ def open_state(
     dialect = None if dialect is None else known_dialect(dialect)
     shape = model if isinstance(model, ModelShape | None) else model_shape(model)
     path, mapped = Path(path), map_file(path)
-    wanted = {
+    wanted: dict[str, object] = {
         "memory": memory,
         "mrope": mrope,
         "values": values,
@@ -254,7 +273,7 @@ def open_state(
     return StateFile(path, mapped, chosen, choice, heads, rotation)
 
 
-def is_state_file(path: str | os.PathLike) -> bool:
+def is_state_file(path: str | os.PathLike[str]) -> bool:
     """Tell whether a file is to be read as a state file: it has a magic, or reads as a blob.
 
     Raises:
@@ -302,7 +321,7 @@ def deferring_dialects() -> list[str]:
     return [name for name in dialects() if writes_deferred(name)]
 
 
-def _dequantised(rows: Rows, raw):
+def _dequantised(rows: Rows, raw: Any) -> np.ndarray | None:
     """Dequantise rows of a type that means the same everywhere; None for any other."""
     fmt = meaning(rows.type_id, None)
     if fmt is None or not fmt.is_ggml or rows.n_embd:

@@ -24,6 +24,7 @@ import os
 import struct
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -76,12 +77,12 @@ class StoredObject:
     complete: bool
 
 
-def states_size(mapped) -> bool:
+def states_size(mapped: Any) -> bool:
     """Tell whether a file has the header of 24 bytes: then its size stands in it."""
     return len(mapped) >= HEADER_BYTES and struct.unpack_from("<Q", mapped, 8)[0] == len(mapped)
 
 
-def stated_checksum(mapped) -> int:
+def stated_checksum(mapped: Any) -> int:
     """Return the checksum that the header states."""
     return struct.unpack_from("<Q", mapped, 16)[0]
 
@@ -93,7 +94,7 @@ def fnv1a64(data: np.ndarray | bytes, state: int = FNV_START) -> int:
 
 
 @cache
-def _kernel():
+def _kernel() -> Any:
     from tbq.kernels.checksum import fnv1a64  # imports Numba
 
     return fnv1a64
@@ -116,7 +117,7 @@ def envelope(words: np.ndarray) -> Envelope | None:
     digests = {name: head[at : at + 32] for name, at in DIGESTS.items()}
     checks = {}
     for name in CHECKED:
-        right = hashlib.sha256(content[name]).digest() == digests[name]
+        right = hashlib.sha256(content[name].data).digest() == digests[name]
         checks[name] = "right" if right else "wrong" if any(digests[name]) else "not set"
     packed = content["packed tokens"]
     slot = slot_tokens(packed[: len(packed) // 4 * 4].view("<i4"))
@@ -124,7 +125,7 @@ def envelope(words: np.ndarray) -> Envelope | None:
     return Envelope(version, flags, hexadecimal, checks, slot, logits)
 
 
-def stored_objects(path: str | os.PathLike) -> list[StoredObject]:
+def stored_objects(path: str | os.PathLike[str]) -> list[StoredObject]:
     """List the objects of a resume store's file, or of an exported entry.
 
     Raises:
@@ -132,7 +133,8 @@ def stored_objects(path: str | os.PathLike) -> list[StoredObject]:
         OSError: it cannot be opened.
     """
     mapped = map_file(path)
-    found, at = [], mapped.find(OBJECT_MAGIC)
+    found: list[StoredObject] = []
+    at = mapped.find(OBJECT_MAGIC)
     while at >= 0 and len(found) < MAX_OBJECTS and at + OBJECT_BYTES <= len(mapped):
         one, size, kind, _, payload, _, first, last, generation = struct.unpack_from(
             "<IIIIQQIIQ", mapped, at + 8

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -111,7 +112,8 @@ def _all_readings(
 ) -> tuple[list[tuple[Container, Reading]], list[Mismatch]]:
     """Return what explains the file to its last byte, or to an appendix; and what failed."""
     found: list[tuple[Container, Reading]] = []
-    failures, ends = [], set()
+    failures: list[Mismatch] = []
+    ends: set[int] = set()
     own = containers(path, mapped)
     for container in own:
         fitting, failure = readings(mapped, container.memory_at, ends)
@@ -132,7 +134,8 @@ def _before_appendix(
     if not longer and trailing:
         longer = [with_trailing(container, at, len(mapped)) for at in places]
     for c in longer[:MAX_TRAILING_TRIES]:
-        fitting, _ = readings(memoryview(mapped)[: c.appendix.start], c.memory_at)
+        stop = len(mapped) if c.appendix is None else c.appendix.start
+        fitting, _ = readings(memoryview(mapped)[:stop], c.memory_at)
         if fitting:
             return [(c, reading) for reading in fitting]
     return []
@@ -324,7 +327,7 @@ def model_misfit(container: Container, reading: Reading, shape: ModelShape) -> s
     return reason or (None if partial else _class_misfit(reading, shape))
 
 
-def _layers_misfit(reading: Reading, shape: ModelShape, memory: str, partial: bool) -> str | None:
+def _layers_misfit(reading: Reading, shape: ModelShape, memory: Any, partial: bool) -> str | None:
     """Compare the layers of each part, and of all together, with the model's."""
     found, whole = 0, not partial
     for part, (named, held) in enumerate(
@@ -387,7 +390,7 @@ def _ik_misfit(reading: Reading, shape: ModelShape) -> str | None:
     return None
 
 
-def has_zero_values(rows: Rows, mapped: MappedFile, decode) -> bool | None:
+def has_zero_values(rows: Rows, mapped: MappedFile, decode: Any) -> bool | None:
     """Tell whether the values of the first rows are all zero; None if that cannot be told.
 
     `decode` dequantises uint8 rows, and returns None for a type that it does not know.

@@ -14,6 +14,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -170,7 +171,7 @@ def _file_container(path: Path, cursor: Cursor, mapped: MappedFile, magic: int) 
         reason = f"the SHA-256 of the {wrong} is not that which the BUUNSLOT envelope states"
         raise FileFormatError(path, cursor.at - tokens.nbytes, reason)
     slot = envelope.slot if envelope is not None else slot_tokens(tokens)
-    own = {"slot": slot, "envelope": envelope, "long_header": long_header}
+    own: dict[str, Any] = {"slot": slot, "envelope": envelope, "long_header": long_header}
     if magic == SEQUENCE_MAGIC:
         return Container("sequence", version, tokens, memory_at=cursor.at, **own)
     name = _architecture(cursor)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -41,7 +43,7 @@ class Shared:
     `ends` where a memory was complete, though bytes followed.
     """
 
-    found: dict[tuple, tuple[object, int, int]] = field(default_factory=dict)
+    found: dict[tuple[Any, ...], tuple[object, int, int]] = field(default_factory=dict)
     ends: set[int] = field(default_factory=set)
     _types: dict[int, tuple[Format | None, bool]] = field(default_factory=dict)
 
@@ -58,7 +60,7 @@ class Shared:
 class Cursor:
     """A position in a buffer and bounds-checked reads from there on."""
 
-    def __init__(self, buffer, at: int = 0, shared: Shared | None = None) -> None:
+    def __init__(self, buffer: Any, at: int = 0, shared: Shared | None = None) -> None:
         self.buffer = memoryview(buffer)
         self.end = len(self.buffer)
         self.at = at
@@ -74,11 +76,11 @@ class Cursor:
         """Return another cursor on the same bytes, which has seen nothing yet."""
         return Cursor(self.buffer, at, self.shared)
 
-    def fail(self, at: int, reason: str):
+    def fail(self, at: int, reason: str) -> NoReturn:
         """Raise a Mismatch."""
         raise Mismatch(at, reason, self.progress)
 
-    def once(self, key: tuple, read):
+    def once(self, key: tuple[Any, ...], read: Callable[[Cursor], Any]) -> Any:
         """Return what `read(self)` returns or raises, which is done once per place and key.
 
         What counts as progress is added to what this cursor has seen.

@@ -14,6 +14,7 @@ Source: ggml-org/llama.cpp @ 0c1e57098, src/llama-kv-cache-dsv4.cpp.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from gguf_io.memory_classes import DSV4_CACHES
 from gguf_io.state_cursor import Cursor, Mismatch
@@ -40,7 +41,7 @@ def readings(
             yield failure.with_traceback(None)
 
 
-def _read(cursor: Cursor, cell_bytes: int, caches) -> Reading:
+def _read(cursor: Cursor, cell_bytes: int, caches: Any) -> Reading:
     cursor.number("I", "magic", MAGIC, MAGIC)
     version = cursor.number("I", "version of DSV4", VERSION, VERSION)
     mode = cursor.number("I", "mode of DSV4", 0, 1)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from gguf_io.state_cursor import Cursor, Mismatch
 from gguf_io.state_records import Cells, IkMemory, IkOutputs, Layout, Reading, Rows, Span
@@ -64,16 +65,16 @@ def _outputs(cursor: Cursor) -> IkOutputs:
         cursor.fail(at, "the random state is not a list of numbers")
     outputs = cursor.number("I", "output count", 0, (1 << 32) - 1)
     cursor.skip(4 * outputs, "output ids")
-    counts = []
-    for what in ("logits", "embeddings"):
-        counts.append(cursor.number("Q", f"number of {what}", 0, cursor.end))
-        cursor.skip(4 * counts[-1], what)
+    logits = cursor.number("Q", "number of logits", 0, cursor.end)
+    cursor.skip(4 * logits, "logits")
+    embeddings = cursor.number("Q", "number of embeddings", 0, cursor.end)
+    cursor.skip(4 * embeddings, "embeddings")
     cursor.progress += 1
     span = Span("random state and outputs", start, cursor.at - start)
-    return IkOutputs(text.decode(), outputs, *counts, span)
+    return IkOutputs(text.decode(), outputs, logits, embeddings, span)
 
 
-def _cache(cursor: Cursor, read_cells, read_rows, read_columns) -> IkMemory:
+def _cache(cursor: Cursor, read_cells: Any, read_rows: Any, read_columns: Any) -> IkMemory:
     window = None
     if cursor.peek("I") == WINDOW_MAGIC:
         at = cursor.skip(20, "compacted window")
@@ -95,7 +96,7 @@ def _cache(cursor: Cursor, read_cells, read_rows, read_columns) -> IkMemory:
     return IkMemory(cells, window, v_state, keys, values, linear, indexer)
 
 
-def _record(cursor: Cursor, kind: str, cells: int, read) -> Rows:
+def _record(cursor: Cursor, kind: str, cells: int, read: Any) -> Rows:
     where = cursor.at
     if cursor.peek("i") != ABSENT:
         return read(cursor, kind, cells)

@@ -34,6 +34,7 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -83,14 +84,16 @@ class Form:
     counted: bool = True
 
 
-def readings(buffer, start: int, ends: set[int] | None = None) -> tuple[list[Reading], Mismatch]:
+def readings(
+    buffer: Any, start: int, ends: set[int] | None = None
+) -> tuple[list[Reading], Mismatch]:
     """Return every reading of the memory that starts at `start`, and the likeliest one's failure.
 
     Places before the end at which a memory was complete are added to `ends`.
     Readings that differ only in what the file has no trace of (M-RoPE where there are no cells,
     values where there are no rows) count as one.
     """
-    found: dict[tuple, Reading] = {}
+    found: dict[tuple[Any, ...], Reading] = {}
     furthest = Mismatch(start, "there is no memory", progress=-1)
     shared = Shared() if ends is None else Shared(ends=ends)
     for reading in _attempts(buffer, start, shared):
@@ -107,7 +110,7 @@ def readings(buffer, start: int, ends: set[int] | None = None) -> tuple[list[Rea
     return list(found.values()), furthest
 
 
-def _attempts(buffer, start: int, shared: Shared) -> Iterator[Reading | Mismatch]:
+def _attempts(buffer: Any, start: int, shared: Shared) -> Iterator[Reading | Mismatch]:
     """Yield what becomes of each reading."""
     if start == len(buffer):
         yield Reading(Layout("none"), (), classes=("none",))
@@ -236,7 +239,7 @@ def _starts_cache(cursor: Cursor, at: int) -> bool:
     return count is not None and 1 <= count <= MAX_SEQUENCES
 
 
-def _recurrent(cells: Cells, n_layer: int, chain: list, n: int) -> RecurrentMemory:
+def _recurrent(cells: Cells, n_layer: int, chain: list[Any], n: int) -> RecurrentMemory:
     """Return the memory whose first n records of a chain are R."""
     r, s = (
         tuple(replace(rows, kind=kind) for rows, _, _ in some)
@@ -245,7 +248,7 @@ def _recurrent(cells: Cells, n_layer: int, chain: list, n: int) -> RecurrentMemo
     return RecurrentMemory(cells, n_layer, r, s, tuple(ple for _, ple, _ in chain[:n]))
 
 
-def _chain(cursor: Cursor) -> tuple[Cells, int, list, Mismatch | None]:
+def _chain(cursor: Cursor) -> tuple[Cells, int, list[Any], Mismatch | None]:
     """Read cells and all records after them, each with its PLE row and its end."""
     cells = _cells(cursor, cell_bytes=0, least_sequences=0)
     cursor.number("I", "s_trans", 0, 0)
@@ -289,9 +292,9 @@ def _after(failure: Mismatch, before: tuple[Memory, ...]) -> Mismatch:
     return Mismatch(failure.at, reason, failure.progress + 2 * complete)
 
 
-def _extent(reading: Reading) -> tuple:
+def _extent(reading: Reading) -> tuple[Any, ...]:
     """Return what tells two readings apart: where they find rows and cells, and of what kind."""
-    parts: list[tuple] = [(reading.layout.program, reading.lead is None)]
+    parts: list[tuple[Any, ...]] = [(reading.layout.program, reading.lead is None)]
     for memory in reading.memories:
         if isinstance(memory, RecurrentMemory):
             parts.append(("REC", len(memory.cells), *memory.r, *memory.p, *memory.s))
@@ -368,12 +371,11 @@ def _read_cells(cursor: Cursor, cell_bytes: int, least_sequences: int) -> Cells:
     words = np.frombuffer(cursor.buffer, "<i4", (cursor.end - start) // 4, start)
     if not count:
         return Cells(words[:0], 0, 0, cell_bytes)
-    counts = _uniform_count(words, count, fixed, least_sequences)
+    counts: int | np.ndarray | None = _uniform_count(words, count, fixed, least_sequences)
     if counts is None:
         counts = _walk(cursor, words, count, fixed, least_sequences)
-        size = int(counts.sum(dtype=np.int64)) + fixed * count
-    else:
-        size = (counts + fixed) * count
+    total = counts * count if isinstance(counts, int) else int(counts.sum(dtype=np.int64))
+    size = total + fixed * count
     _check_cells(cursor, words[:size], counts, count, fixed)
     cursor.skip(4 * size, "cells")
     return Cells(words[:size], counts, count, cell_bytes)

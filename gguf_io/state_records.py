@@ -151,7 +151,7 @@ class Cells:
 
     def _starts(self) -> np.ndarray:
         """Return the first word of each cell."""
-        return starts(self._counts, self._fixed)
+        return starts(np.asarray(self._counts), self._fixed)
 
 
 def fixed_words(cell_bytes: int) -> int:
@@ -205,6 +205,12 @@ class Rows:
     form: str = "plain"
     values: int = 0
     streams: int = 1
+
+    @property
+    def columns(self) -> int:
+        """Values per cell, of rows that are stored in columns."""
+        assert self.n_embd is not None, "rows are stored in columns"
+        return self.n_embd
 
     @property
     def end(self) -> int:

@@ -11,7 +11,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +37,7 @@ from gguf_io.types import (
     TensorType,
     Unknown,
     dequantize_rows,
+    known,
     overflowed,
     quantize_rows,
     row_bytes,
@@ -78,7 +79,7 @@ class Conversion:
             return False
         same = (t.rotation and t.rotation.kind) == (self.rotation and self.rotation.kind)
         same &= self.stored_head == t.stored_head
-        return same and tbq.repackable(t.format, target)
+        return same and tbq.repackable(known(t.format), known(target))
 
     @property
     def stored_head(self) -> int | None:
@@ -86,18 +87,27 @@ class Conversion:
         t = self.tensor
         if not (self.converts and t.head_dim):
             return t.stored_head
-        return get_dialect(self.format.dialect).state.head_values(self.format, t.head_dim)
+        kind = known(self.format)
+        return get_dialect(kind.dialect).state.head_values(kind, t.head_dim)
 
     @property
     def n_embd(self) -> int | None:
         """Values per row that is written."""
         t = self.tensor
-        return t.n_head * self.stored_head if t.n_head else t.n_embd
+        return t.n_head * self.stored_head if t.n_head and self.stored_head else t.n_embd
 
     @property
     def row_bytes(self) -> int:
         """Bytes per row that is written."""
-        return row_bytes(self.format, self.n_embd) if self.converts else self.tensor.row_bytes
+        if not self.converts:
+            return self.tensor.row_bytes
+        return row_bytes(self.format, self.values)
+
+    @property
+    def values(self) -> int:
+        """Values per row that is written, of a tensor that is converted."""
+        assert self.n_embd is not None, "what is converted is of a known type"
+        return self.n_embd
 
     @property
     def n_bytes(self) -> int:
@@ -138,7 +148,7 @@ class Plan:
         """Return the type id that is written for a tensor: its own where it stays as it is."""
         if is_unknown(conversion.tensor) or not (conversion.converts or self.moves):
             return conversion.tensor.type_id
-        return type_id(conversion.format, self.dialect or GGML, self.release)
+        return type_id(known(conversion.format), self.dialect or GGML, self.release)
 
 
 Types = Mapping[str, TensorType] | Callable[[CacheTensor], TensorType | None]
@@ -192,7 +202,8 @@ def plan_conversion(
                 _check(c, allow_requantize)
             conversions[t.name] = before = c
     for name, t in state.tensors.items():  # recurrent rows stay, and the order is the file's
-        conversions[name] = conversions.pop(name, None) or Conversion(t, t.format, None, False)
+        done = conversions.pop(name, None)
+        conversions[name] = done or Conversion(t, t.format, None, False)
     changed = None if version is None else change_version(state, version)
     deferred = _deferred(state, target, conversions)
     plan = Plan(state, target, release, deferred, conversions, changed)
@@ -204,7 +215,7 @@ def plan_conversion(
 
 
 def write_state(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     plan: Plan | StateFile,
     *,
     allow_overflow: bool = False,
@@ -232,7 +243,7 @@ def write_state(
     plan = plan if isinstance(plan, Plan) else plan_conversion(plan)
     refuse_inputs([path], [plan.state.path])
     with AtomicFiles() as output:
-        file = output.create(path)
+        file: Any = output.create(path)
         serialiser = _Serialiser(plan, threads, progress)
         if plan.state.container.long_header:
             _write_summed(file, serialiser.pieces())
@@ -245,7 +256,7 @@ def write_state(
     return serialiser.overflow
 
 
-def _write_summed(file: BinaryIO, pieces: Iterator[bytes | np.ndarray]) -> None:
+def _write_summed(file: Any, pieces: Iterator[bytes | np.ndarray]) -> None:
     """Write a file with buun's header, whose size and checksum are known at the end."""
     header = next(pieces)
     file.write(header)
@@ -340,10 +351,10 @@ def _conversion(
 
 def _check(c: Conversion, allow_requantize: bool) -> None:
     """Refuse a type that the fork's cache would not take for this tensor."""
-    t, kind = c.tensor, c.format
-    argument = f"type of {t.name}"
+    t, argument = c.tensor, f"type of {c.tensor.name}"
     if not c.converts:
         return
+    kind = known(c.format)
     if kind.is_ggml and kind.name not in CACHE_TYPES:
         raise InputError(argument, kind.label, f"a type that caches take: {', '.join(CACHE_TYPES)}")
     if t.kind not in kind.side:
@@ -358,7 +369,7 @@ def _check(c: Conversion, allow_requantize: bool) -> None:
         got = f"{t.format.name}, which is quantised already"
         raise InputError(argument, got, f"allow_requantize to quantise it again, to {kind.name}")
     try:
-        row_bytes(kind, c.n_embd)
+        row_bytes(kind, c.values)
     except InputError as error:
         raise InputError(argument, error.got, error.need) from None
     t.stored(0, 1)  # fails here, before anything is written, if it cannot be decoded
@@ -366,7 +377,7 @@ def _check(c: Conversion, allow_requantize: bool) -> None:
 
 def _check_padding(c: Conversion, argument: str) -> None:
     """Refuse to pad heads where the fork's files lose that, or where their width is a guess."""
-    t, kind = c.tensor, c.format
+    t, kind = c.tensor, known(c.format)
     if c.stored_head == t.head_dim:
         return
     got = f"{kind.label} for heads of {t.head_dim} values"
@@ -433,7 +444,7 @@ def _deferred(
 class _Serialiser:
     """Yields a state file's bytes, piece by piece."""
 
-    def __init__(self, plan: Plan, threads: int | None, progress) -> None:
+    def __init__(self, plan: Plan, threads: int | None, progress: Any) -> None:
         self.plan = plan
         self.threads = threads
         self.progress = progress or (lambda tensor, n_bytes: None)
@@ -458,7 +469,7 @@ class _Serialiser:
         if appendix is not None:
             yield from self._span(Span(appendix.name, appendix.start, appendix.n_bytes))
 
-    def _written(self, memory) -> Iterator[bytes | np.ndarray]:
+    def _written(self, memory: Any) -> Iterator[bytes | np.ndarray]:
         """Yield the bytes of a memory, or of what stands before it."""
         for piece in memory.pieces():
             if isinstance(piece, Cells):
@@ -525,7 +536,8 @@ class _Serialiser:
         for start in range(first, first + rows.cells, step):
             stop = min(start + step, first + rows.cells)
             if c.repacks:
-                yield tbq.repack(c.tensor.rows(start, stop), c.tensor.format, c.format)
+                kinds = known(c.tensor.format), known(c.format)
+                yield tbq.repack(c.tensor.rows(start, stop), *kinds)
             else:
                 yield self._convert(c, start, stop) if c.converts else c.tensor.rows(start, stop)
             if c.tensor.row_bytes:
@@ -535,8 +547,8 @@ class _Serialiser:
         """Yield the columns of transposed values, which are floats and never rotated."""
         rows = c.tensor.parts[part]
         step = max(1, CHUNK_VALUES // rows.cells)
-        for start in range(0, rows.n_embd, step):
-            piece = c.tensor.columns(part, start, min(start + step, rows.n_embd))
+        for start in range(0, rows.columns, step):
+            piece = c.tensor.columns(part, start, min(start + step, rows.columns))
             self.progress(c.tensor, piece.nbytes)
             if c.converts:
                 x = dequantize_rows(piece, c.tensor.format, threads=self.threads)
@@ -548,18 +560,18 @@ class _Serialiser:
         t = c.tensor
         x = t.values(start, stop, threads=self.threads)
         x = x if c.rotation is None else c.rotation.forward(x)
-        if c.stored_head != t.head_dim:
+        if c.stored_head is not None and t.head_dim is not None and c.stored_head != t.head_dim:
             x = np.pad(x, ((0, 0), (0, 0), (0, c.stored_head - t.head_dim)))
-        x = x.reshape(stop - start, c.n_embd)
+        x = x.reshape(stop - start, c.values)
         if c.lender is not None:
             lent = self._lent(c.lender, start, stop)
-            return tbq.quantize_paired(x, lent, c.format, threads=self.threads)
+            return tbq.quantize_paired(x, lent, known(c.format), threads=self.threads)
         packed = quantize_rows(x, c.format, first_row=start, threads=self.threads)
         self._count(c, x, packed)
         return packed
 
     def _count(self, c: Conversion, x: np.ndarray, packed: np.ndarray) -> None:
-        n = overflowed(x, packed, c.format)
+        n = overflowed(x, packed, known(c.format))
         if n:
             self.overflow[c.tensor.name] = self.overflow.get(c.tensor.name, 0) + n
 

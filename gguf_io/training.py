@@ -109,7 +109,9 @@ class Training:
         return found
 
 
-def plan_training(file: GgufFile, skip: re.Pattern | None, optimizer: str = "adamw") -> Training:
+def plan_training(
+    file: GgufFile, skip: re.Pattern[str] | None, optimizer: str = "adamw"
+) -> Training:
     """Return what is trained of a model.
 
     Args:
@@ -145,7 +147,7 @@ def plan_training(file: GgufFile, skip: re.Pattern | None, optimizer: str = "ada
     )
 
 
-def _why_not(tensor: GgufTensor, skip: re.Pattern | None) -> str | None:
+def _why_not(tensor: GgufTensor, skip: re.Pattern[str] | None) -> str | None:
     if tensor.name in NEVER:
         return "never trained"
     if tensor.format.name != "f32":
@@ -242,6 +244,8 @@ class _LayerGraph:
 
     def _recurrent(self) -> list[Step]:
         """Return the steps of a recurrent layer; none if it is not."""
+        operations: tuple[str, ...]
+        scan: tuple[str, ...]
         if self._has("shortconv"):
             operations = ("MUL_MAT", "MUL", "CONCAT", "SSM_CONV")
             return [self._step("short convolution", operations, "shortconv")]

@@ -15,7 +15,7 @@ import gguf
 
 from gguf_io.mixtures import Mixture
 from gguf_io.reader import GgufFile, GgufTensor
-from gguf_io.types import FLOAT_TYPES, PLAIN_TYPES, TensorType, can_quantize, resolve_type
+from gguf_io.types import FLOAT_TYPES, PLAIN_TYPES, TensorType, can_quantize, known, resolve_type
 from tbq import BackendError, Format, InputError, counterpart, repackable
 from tbq.format import GGML
 from tbq.registry import get_dialect
@@ -96,12 +96,12 @@ class Options:
 
     target: Format | None
     pure: bool = False
-    overrides: Sequence[tuple[re.Pattern, Format]] = ()
+    overrides: Sequence[tuple[re.Pattern[str], Format]] = ()
     output_type: Format | None = None
     embedding_type: Format | None = None
     leave_output: bool = False
-    include: Sequence[re.Pattern] = ()
-    exclude: Sequence[re.Pattern] = ()
+    include: Sequence[re.Pattern[str]] = ()
+    exclude: Sequence[re.Pattern[str]] = ()
     allow_requantize: bool = False
     to: str | None = None
     mixture: str = ""
@@ -173,11 +173,11 @@ def left_alone(tensor: GgufTensor, options: Options) -> str:
 def _choose(
     file: GgufFile, options: Options, mixture: Mixture | None, tensor: GgufTensor
 ) -> Choice:
-    moved = options.to is not None and tensor.format.dialect not in (None, GGML)
-    if moved and options.target is None:
-        return _moved(tensor, options.to)
-    if options.target is None or left_alone(tensor, options):
-        return _moved(tensor, options.to) if moved else Choice(tensor, tensor.format)
+    to = options.to if tensor.format.dialect not in (None, GGML) else None
+    if to is not None and options.target is None:
+        return _moved(tensor, to)
+    if options.target is None or mixture is None or left_alone(tensor, options):
+        return Choice(tensor, tensor.format) if to is None else _moved(tensor, to)
     if tensor.format.is_ggml and tensor.format.name in PLAIN_TYPES:
         return Choice(
             tensor, tensor.format, f"left alone: {tensor.format.name} is no weight's type"
@@ -187,14 +187,15 @@ def _choose(
         return choice
     if not can_quantize(choice.type):
         raise BackendError("gguf-py", f"cannot quantise to {choice.type.name} ({tensor.name})")
-    if tensor.row_values % choice.type.group_values:
+    kind = known(choice.type)
+    if tensor.row_values % kind.group_values:
         got = f"rows of {tensor.row_values} values"
-        need = f"a multiple of {choice.type.group_values} for {choice.type.name}"
+        need = f"a multiple of {kind.group_values} for {kind.name}"
         hint = "; without --pure it falls back to another type" if options.pure else ""
         raise InputError(f"tensor {tensor.name!r}", got, need + hint)
     tensor.require_decodable()  # fails here, before anything is written, if it cannot be done
-    requantizes = tensor.format.is_quantized and choice.type.is_quantized
-    if requantizes and moved or repackable(tensor.format, choice.type):
+    requantizes = tensor.format.is_quantized and kind.is_quantized
+    if requantizes and to is not None or repackable(known(tensor.format), kind):
         return choice
     if requantizes and not options.allow_requantize:
         got = f"{tensor.format.name}, which is quantised already"
@@ -205,7 +206,7 @@ def _choose(
 
 def _moved(tensor: GgufTensor, to: str) -> Choice:
     """Give a tensor the format of another dialect that holds the same, or has the same name."""
-    kind = counterpart(tensor.format, to)
+    kind = counterpart(known(tensor.format), to)
     if kind is None:
         need = f"a type of {to} that it is to become; none holds the same or has its name"
         raise InputError(f"tensor {tensor.name!r}", tensor.format.label, need)
@@ -213,11 +214,15 @@ def _moved(tensor: GgufTensor, to: str) -> Choice:
         need = f"rows of a multiple of {kind.group_values} values for {kind.label}"
         raise InputError(f"tensor {tensor.name!r}", f"rows of {tensor.row_values}", need)
     tensor.require_decodable()
-    note = "" if repackable(tensor.format, kind) else f"{tensor.format.label} is quantised again"
+    note = (
+        ""
+        if repackable(known(tensor.format), kind)
+        else f"{tensor.format.label} is quantised again"
+    )
     return Choice(tensor, kind, note)
 
 
-def _asked_for(options: Options) -> list[TensorType]:
+def _asked_for(options: Options) -> list[Format]:
     """Return the types that the user named, as opposed to those of a mixture."""
     named = [options.target, options.output_type, options.embedding_type]
     return [kind for kind in (*named, *(kind for _, kind in options.overrides)) if kind]
@@ -228,18 +233,22 @@ def _target(file: GgufFile, options: Options, mixture: Mixture, tensor: GgufTens
         return Choice(tensor, options.embedding_type)
     if tensor.name == OUTPUT and options.output_type is not None:
         return Choice(tensor, options.output_type)
-    if options.pure or not options.target.is_quantized:
-        return Choice(tensor, options.target)
+    target = options.target
+    assert target is not None, "what has no target is left alone"
+    if options.pure or not target.is_quantized:
+        return Choice(tensor, target)
     for pattern, kind in options.overrides:
         if pattern.search(tensor.name):
-            note = f"manual override: {options.target.name} -> {kind.name}"
-            return _fitting(tensor, kind, note if kind != options.target else "")
-    return _fitting(tensor, _mixed(file, options, mixture, tensor), "")
+            note = f"manual override: {target.name} -> {kind.name}"
+            return _fitting(tensor, kind, note if kind != target else "")
+    return _fitting(tensor, _mixed(file, options, target, mixture, tensor), "")
 
 
-def _mixed(file: GgufFile, options: Options, mixture: Mixture, tensor: GgufTensor) -> TensorType:
+def _mixed(
+    file: GgufFile, options: Options, target: Format, mixture: Mixture, tensor: GgufTensor
+) -> Format:
     """The type that the target's mixture has for a tensor, before its shape is looked at."""
-    target, name = options.target, tensor.name
+    name = tensor.name
     tied = OUTPUT not in file.tensors
     if name == OUTPUT or (tied and name in TOKEN_EMBEDDINGS):
         if options.output_type is not None:
@@ -258,7 +267,7 @@ def _mixed(file: GgufFile, options: Options, mixture: Mixture, tensor: GgufTenso
     return target if kind == target.name else resolve_type(kind)
 
 
-def _fitting(tensor: GgufTensor, kind: TensorType, note: str) -> Choice:
+def _fitting(tensor: GgufTensor, kind: Format, note: str) -> Choice:
     """Fall back to a smaller block where the type's does not divide the row."""
     columns = tensor.row_values
     if columns % kind.group_values == 0:

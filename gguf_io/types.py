@@ -74,6 +74,13 @@ def _useful(fmt: Format) -> bool:
     return can_quantize(fmt) and not fmt.sibling
 
 
+def known(kind: TensorType) -> Format:
+    """Return a type that is a format; InputError if nothing registered explains it."""
+    if isinstance(kind, Unknown):
+        raise InputError("type", kind.name, "a type that a registered dialect explains")
+    return kind
+
+
 def row_bytes(kind: TensorType, n: int) -> int:
     """Return the bytes of a row of n values; InputError if blocks do not divide it."""
     if isinstance(kind, Unknown):
@@ -106,10 +113,8 @@ def quantize_rows(
         BackendError: gguf-py cannot produce this type.
         InputError: the type is unknown or does not fit the rows.
     """
-    if isinstance(kind, Unknown):
-        raise InputError("type", kind.name, "a type that a registered dialect explains")
-    first = first_row * index_step(kind, x.shape[-1])
-    return tbq.quantize(x, kind, first_block=first, threads=threads)
+    first = first_row * index_step(known(kind), x.shape[-1])
+    return tbq.quantize(x, known(kind), first_block=first, threads=threads)
 
 
 def overflowed(x: np.ndarray, packed: np.ndarray, kind: Format) -> int:
@@ -136,7 +141,9 @@ def overflowed(x: np.ndarray, packed: np.ndarray, kind: Format) -> int:
 def _not_finite(values: np.ndarray) -> np.ndarray:
     """Return which rows of float16 (rows, ...) hold NaN or infinity."""
     bits = np.ascontiguousarray(values).view(np.uint16).reshape(len(values), -1)
-    return ((bits & 0x7FFF) >= 0x7C00).any(axis=1)  # NumPy's own test converts each value
+    return np.asarray(
+        ((bits & 0x7FFF) >= 0x7C00).any(axis=1)
+    )  # NumPy's own test converts each value
 
 
 def dequantize_rows(raw: np.ndarray, kind: TensorType, *, threads: int | None = None) -> np.ndarray:

@@ -14,12 +14,12 @@ import struct
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, BinaryIO
 
 import numpy as np
 from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFValueType
 
+import tbq
 from gguf_io.atomic import AtomicFiles
 from gguf_io.identify import DIALECT_KEY, RELEASE_KEY, known_dialect
 from gguf_io.metadata import Field, Metadata, brief, pack_string
@@ -77,12 +77,49 @@ class OutputTensor:
         return cls(tensor.name, tensor.shape, tensor.format, tensor.n_bytes, tensor.pieces)
 
 
+@dataclass(frozen=True)
+class Slot:
+    """Where in a file the data of a tensor start."""
+
+    tensor: OutputTensor
+    at: int
+
+
+# Writes the data of all tensors of a file, whose header and final size it has already.
+Fill = Callable[[BinaryIO, Sequence[Slot]], None]
+
+
+def write_chunks(file: BinaryIO, slots: Sequence[Slot]) -> None:
+    """Write the chunks of one tensor after the other.
+
+    Raises:
+        InputError: the chunks of a tensor are not as long together as it says.
+        OSError: the file cannot be written.
+    """
+    for slot in slots:
+        tensor, written = slot.tensor, 0
+        file.seek(slot.at)
+        for chunk in tensor.chunks():
+            data = as_bytes(chunk)
+            file.write(data)
+            written += data.nbytes
+        if written != tensor.n_bytes:
+            need = f"the {tensor.n_bytes} bytes of its type and shape"
+            raise InputError(f"tensor {tensor.name!r}", f"{written} bytes", need)
+
+
+def as_bytes(data: np.ndarray) -> memoryview:
+    """Return the bytes of an array of any shape and layout, as files take them."""
+    return np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
+
+
 def write_gguf(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     metadata: Mapping[str, Any],
     tensors: Iterable[OutputTensor],
     dialect: str | None = None,
     approve: Callable[[], None] = lambda: None,
+    fill: Fill = write_chunks,
 ) -> None:
     """Write a GGUF v3 file, atomically: the path gets the whole file or stays as it was.
 
@@ -96,6 +133,7 @@ def write_gguf(
         dialect: whose type ids are written, `dialect` or `dialect@release`; if omitted, those of
             the tensors' formats, by the newest release that has them all.
         approve: called when all is written and nothing has appeared yet; what it raises undoes all.
+        fill: what writes the data of the tensors of a file.
 
     Raises:
         UnknownFormatError: `dialect` is not registered.
@@ -108,16 +146,17 @@ def write_gguf(
         tensors = list(tensors)
         place = file_dialect((tensor.format for tensor in tensors), dialect)
         labelled = _labelled(fields, tensors, place)
-        _write(output.create(path), labelled, tensors, place)
+        _write(output.create(path), labelled, tensors, place, fill)
         approve()
 
 
 def write_gguf_shards(
-    prefix: str | os.PathLike,
+    prefix: str | os.PathLike[str],
     metadata: Mapping[str, Any],
     shards: Sequence[Sequence[OutputTensor]],
     dialect: str | None = None,
     approve: Callable[[], None] = lambda: None,
+    fill: Fill = write_chunks,
 ) -> None:
     """Write a split model, PREFIX-00001-of-0000N.gguf and so on: all shards or none.
 
@@ -142,7 +181,7 @@ def write_gguf_shards(
             split[SET_KEY] = Field.of(0, GGUFValueType.UINT32)
             file = output.create(split_path(prefix, no, len(shards)))
             own = (labelled if no == 0 else needed) | split
-            _write(file, own, list(shard), place)
+            _write(file, own, list(shard), place, fill)
             files.append((file, _place_of_value(own, SET_KEY)))
         _stamp(files)
         approve()
@@ -222,7 +261,7 @@ def _release(name: str, release: str | None, types: list[TensorType]) -> str:
             failure = failure or error
         else:
             return candidate.name
-    raise failure
+    raise failure or InputError("dialect", name, "one with releases")
 
 
 def _fields(metadata: Mapping[str, Any]) -> dict[str, Field]:
@@ -239,10 +278,11 @@ def _labelled(
 ) -> dict[str, Field]:
     """Make the file say which dialect and release its type ids belong to."""
     fields = dict(fields)
-    own = [t.format for t in tensors if _needs_dialect(t.format)]
+    kinds = [t.format for t in tensors if isinstance(t.format, Format)]
+    own = [kind for kind in kinds if _needs_dialect(kind)]
     if own:
         sources = "; ".join(dict.fromkeys(kind.source for kind in own))
-        values = (*place, sources, _package_version())
+        values = (*(place or ()), sources, tbq.__version__)
         return fields | {k: Field.of(v) for k, v in zip(OWN_KEYS, values, strict=True)}
     if not any(isinstance(tensor.format, Unknown) for tensor in tensors):
         for key in OWN_KEYS:
@@ -250,36 +290,32 @@ def _labelled(
     return fields
 
 
-def _package_version() -> str:
-    try:
-        return version("tbq-reference")
-    except PackageNotFoundError:
-        return "uninstalled"
-
-
 def _write(
-    file: BinaryIO, fields: dict[str, Field], tensors: list[OutputTensor], place: Place
+    file: BinaryIO,
+    fields: dict[str, Field],
+    tensors: list[OutputTensor],
+    place: Place,
+    fill: Fill,
 ) -> None:
     alignment = _alignment(fields)
     file.write(_header(fields, tensors, alignment, place))
-    file.write(bytes(-file.tell() % alignment))
+    slots, end = [], _padded(file.tell(), alignment)
     for tensor in tensors:
-        written = 0
-        for chunk in tensor.chunks():
-            data = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8)
-            file.write(data.data)
-            written += data.size
-        if written != tensor.n_bytes:
-            need = f"the {tensor.n_bytes} bytes of its type and shape"
-            raise InputError(f"tensor {tensor.name!r}", f"{written} bytes", need)
-        file.write(bytes(-written % alignment))
+        slots.append(Slot(tensor, end))
+        end = _padded(end + tensor.n_bytes, alignment)
+    file.truncate(end)
+    fill(file, slots)
+
+
+def _padded(n_bytes: int, alignment: int) -> int:
+    return -(-n_bytes // alignment) * alignment
 
 
 def _alignment(fields: dict[str, Field]) -> int:
     given = fields.get("general.alignment")
     value = Metadata(fields).number("general.alignment") if given else GGUF_DEFAULT_ALIGNMENT
     if value is None or not 8 <= value < 1 << 32 or value & (value - 1):
-        got = brief(given.value)
+        got = brief(fields["general.alignment"].value)
         raise InputError("general.alignment", got, "a power of two, at least 8, below 2^32")
     if given is not None and given.type is not GGUFValueType.UINT32:
         fields["general.alignment"] = Field.of(value, GGUFValueType.UINT32)
@@ -293,7 +329,7 @@ def _header(
     for key, value in fields.items():
         parts += [pack_string(key), bytes(value.raw)]
     offset = 0
-    names = set()
+    names: set[str] = set()
     for tensor in tensors:
         _check(tensor, names)
         names.add(tensor.name)
@@ -303,7 +339,7 @@ def _header(
             struct.pack(f"<I{len(ne)}Q", len(ne), *ne),
             struct.pack("<IQ", _id(tensor.format, place), offset),
         ]
-        offset += -(-tensor.n_bytes // alignment) * alignment
+        offset += _padded(tensor.n_bytes, alignment)
     return b"".join(parts)
 
 
@@ -325,10 +361,10 @@ def _check(tensor: OutputTensor, names: set[str]) -> None:
         raise InputError(where, f"shape {tensor.shape}", f"up to {MAX_DIMS} axes, none negative")
     if isinstance(tensor.format, Unknown):
         return
-    need = 0
+    room = 0
     if 0 not in tensor.shape:
         row_values = tensor.shape[-1] if tensor.shape else 1
-        need = row_bytes(tensor.format, row_values) * math.prod(tensor.shape[:-1])
-    if need != tensor.n_bytes:
+        room = row_bytes(tensor.format, row_values) * math.prod(tensor.shape[:-1])
+    if room != tensor.n_bytes:
         got = f"{tensor.n_bytes} bytes"
-        raise InputError(where, got, f"{need} bytes for {tensor.format.name} {tensor.shape}")
+        raise InputError(where, got, f"{room} bytes for {tensor.format.name} {tensor.shape}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +45,7 @@ class Attribution:
         """What the whole has beyond the sum."""
         return float(self.whole.kld.mean()) - self.sum
 
-    def report(self) -> dict:
+    def report(self) -> dict[str, Any]:
         """Return it for JSON."""
         return {
             "kld": float(self.whole.kld.mean()),

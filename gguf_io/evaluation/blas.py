@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from contextlib import AbstractContextManager
+from typing import Any
 
 
-def one_thread() -> AbstractContextManager:
+def one_thread() -> AbstractContextManager[Any]:
     """Return a context in which each product is computed by the thread that asks for it.
 
     There are as many askers as cores; with threads of its own the library would wait for them in

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tbq import BackendError, InputError
+from tbq.extras import install_command
 
 _CONTRACTIONS = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _REST = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -48,7 +49,7 @@ class BytePairs:
         try:
             from tokenizers import Regex, Tokenizer, models, pre_tokenizers
         except ImportError:
-            need = "--text needs it for this model: pip install 'tbq-reference[bpe]'"
+            need = f"--text needs it for this model: {install_command('bpe')}"
             raise BackendError("tokenizers", need) from None
         expression, whole = CUTS[cut]
         vocabulary = {piece: i for i, piece in reversed(list(enumerate(pieces)))}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 import zipfile
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -80,7 +80,7 @@ class StateDump:
         if windows:
             yield from self._memory(windows)
 
-    def _memory(self, layers: list[tuple[int, np.ndarray, np.ndarray]]) -> Iterator:
+    def _memory(self, layers: list[tuple[int, np.ndarray, np.ndarray]]) -> Iterator[Any]:
         """Yield one cache: its cells at positions 0 to n - 1 of sequence 0, then K, then V."""
         n = len(self._tokens)
         cells = np.zeros((n, 3), "<i4")

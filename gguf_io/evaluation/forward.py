@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +46,9 @@ class Run:
     def where(self, other: Run, layers: Container[int], sides: str = "KV") -> Run:
         """Return this run in some layers and sides, and `other` in the rest."""
 
-        def mixed(side: str, mine: tuple[CachePath, ...], theirs: tuple[CachePath, ...]):
+        def mixed(
+            side: str, mine: tuple[CachePath, ...], theirs: tuple[CachePath, ...]
+        ) -> tuple[CachePath, ...]:
             return tuple(
                 a if side in sides and layer in layers else b
                 for layer, (a, b) in enumerate(zip(mine, theirs, strict=True))
@@ -137,7 +140,7 @@ def hidden_states(
             del layer, jobs  # the weights go before those of the next layer come
     found: list[list[np.ndarray]] = [[] for _ in runs]
     for group in groups:
-        last = [model.last_norm(x) for x in group.x]
+        last = [model.last_norm(x) for x in group.x if x is not None]
         for run in group.runs:
             found[run] = last
     return found
@@ -145,7 +148,7 @@ def hidden_states(
 
 def _choices(group: _Group, runs: Sequence[Run], layer: int) -> list[list[int]]:
     """Return the runs of a group by what they do in a layer."""
-    split: dict[tuple, list[int]] = {}
+    split: dict[tuple[Any, ...], list[int]] = {}
     for run in group.runs:
         r = runs[run]
         means = id(r.k_means.get(layer)), id(r.v_means.get(layer))
@@ -154,7 +157,9 @@ def _choices(group: _Group, runs: Sequence[Run], layer: int) -> list[list[int]]:
     return list(split.values())
 
 
-def _in_order(pool: ThreadPoolExecutor, jobs: list[_Job], threads: int, progress) -> Iterator:
+def _in_order(
+    pool: ThreadPoolExecutor, jobs: list[_Job], threads: int, progress: Any
+) -> Iterator[Any]:
     """Return the results of jobs; after an error or Ctrl-C no other begins."""
     futures, results = [pool.submit(job.run, threads) for job in jobs], []
     try:
@@ -180,6 +185,7 @@ class _Job:
 
     def run(self, threads: int) -> list[np.ndarray]:
         x, self.x[self.window] = self.x[self.window], None
+        assert x is not None, "each window goes through a layer once"
         q, k, v = self.layer.project(x)
         if self.tap is not None:
             self.tap(self.layer, q, k, v)
@@ -187,7 +193,7 @@ class _Job:
         index, stored = self.layer.index, {}
         results = []
         for run in self.choices:
-            back = []
+            back: list[np.ndarray] = []
             for path, means, values in ((run.k, run.k_means, k), (run.v, run.v_means, v)):
                 mean = means.get(index)
                 key = id(values), path[index], id(mean)
@@ -195,7 +201,7 @@ class _Job:
                     stored[key] = path[index](values, mean, threads)
                 back.append(stored[key])
             asked = q
-            if run.rounds(index):
+            if run.queries is not None and run.rounds(index):
                 asked = replace(run.k[index], format=run.queries)(q, None, threads)
-            results.append(self.layer.finish(x, asked, *back, self.first))
+            results.append(self.layer.finish(x, asked, back[0], back[1], self.first))
         return results

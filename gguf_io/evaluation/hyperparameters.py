@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 from gguf_io.metadata import brief
 from gguf_io.model_shape import ModelShape, model_shape
@@ -113,10 +114,10 @@ class _Keys:
         self._file = file
         self._architecture = file.architecture
 
-    def get(self, key: str, default=None):
+    def get(self, key: str, default: Any = None) -> Any:
         return self._file.metadata.get(f"{self._architecture}.{key}", default)
 
-    def fail(self, key: str, value, need: str):
+    def fail(self, key: str, value: Any, need: str) -> NoReturn:
         got = "is missing" if value is None else f"is {brief(value)}"
         reason = f"metadata key {self._architecture}.{key} {got}, need {need}"
         raise FileFormatError(self._file.path, None, reason)

@@ -41,7 +41,7 @@ def tokenize(file: GgufFile, text: str) -> np.ndarray:
         FileFormatError: its tables are missing or do not fit each other.
     """
     kind = file.metadata.text(KEY + "model")
-    if kind not in TOKENIZERS:
+    if kind is None or kind not in TOKENIZERS:
         need = f"one of {', '.join(TOKENIZERS)}; or token ids, such as llama-tokenize --ids gives"
         raise InputError("--text", f"a model with tokenizer {str(kind)[:64]!r}", need)
     return np.array(list(TOKENIZERS[kind](file).tokens(text)), np.int32)
@@ -153,4 +153,7 @@ class _SentencePiece(_Tokenizer):
                 yield from (self.bytes[b] for b in part.encode("utf-8", "surrogateescape"))
 
 
-TOKENIZERS = {"llama": _SentencePiece, "gpt2": _BytePairs}
+TOKENIZERS: dict[str, type[_SentencePiece] | type[_BytePairs]] = {
+    "llama": _SentencePiece,
+    "gpt2": _BytePairs,
+}

@@ -13,7 +13,7 @@ from gguf_io.state_container import MAGICS
 from tbq import FileFormatError, InputError
 
 
-def read_tokens(path: str | os.PathLike) -> np.ndarray:
+def read_tokens(path: str | os.PathLike[str]) -> np.ndarray:
     """Return the token ids in a file, int32 (n,).
 
     The file is a NumPy array (.npy), a llama.cpp state file, whose prompt is taken, or int32 and
