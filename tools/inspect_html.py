@@ -1,344 +1,250 @@
-"""tbq-inspect's report as one self-contained page: tables, and plots as inline SVG."""
+"""tbq-inspect's report as one self-contained page: the answer, plots, tables, facts.
+
+It has what the text has, from the same places, and the plots. It needs no network and no script;
+its colours follow the reader's theme, and it is read on a telephone as well as on paper.
+"""
 
 from __future__ import annotations
 
 import html
-import io
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from pathlib import Path
 
-import numpy as np
-
+import tbq
 from gguf_io import AtomicFiles
-from tbq import BackendError
 
-from .console import shown
-from .inspect_text import (
-    CANDIDATE_HEADER,
-    MIB,
-    REFERENCE_HEADER,
-    candidate_rows,
-    number,
-    reference_rows,
+from .console import in_flags, shown
+from .inspect_facts import Fact, facts, has_faults, verdict
+from .inspect_plots import Plot, channel_plot, code_plot, layers_plot, types_plot
+from .inspect_tables import (
+    Table,
+    candidate_table,
+    choice_table,
+    head_table,
+    notes,
+    reference_table,
+    side_table,
+    tensor_table,
 )
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+FOLDED = 24  # rows from which on a table is folded away
 
-    from gguf_io.inspection import Inspection
-
+# Text has a contrast of 4.5 or more, marks of 3 or more. Marks are Okabe and Ito's colours.
+LIGHT = {
+    "page": "#ffffff",
+    "panel": "#f4f5f7",
+    "text": "#1a1d21",
+    "muted": "#565d66",
+    "line": "#d0d5da",
+    "mark": "#0072b2",
+    "quiet": "#7d858e",
+    "limit": "#d55e00",
+    "warning": "#a03f00",
+    "good": "#00684c",
+}
+DARK = {
+    "page": "#14171a",
+    "panel": "#1d2125",
+    "text": "#e6e8ea",
+    "muted": "#a3abb3",
+    "line": "#3a4046",
+    "mark": "#56b4e9",
+    "quiet": "#7b848d",
+    "limit": "#e69f00",
+    "warning": "#f0b040",
+    "good": "#3fc79a",
+}
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem;
-  color: #1a1a1a; background: #fff; }
-h1 { font-size: 1.4rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; }
-dt { color: #666; } dd { margin: 0; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .15rem .7rem; text-align: right; border-bottom: 1px solid #e4e4e4;
-  white-space: nowrap; }
-th { font-weight: 600; } th:first-child, td:first-child { text-align: left; }
-.warnings li { color: #9a3412; } svg { max-width: 100%; height: auto; } p { max-width: 50rem; }
+* { box-sizing: border-box; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: 1rem;
+  color: var(--text); background: var(--page); overflow-wrap: anywhere; }
+h1 { font-size: 1.35rem; line-height: 1.25; margin: .2rem 0; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; border-top: 1px solid var(--line);
+  padding-top: .8rem; }
+h3 { font-size: 1rem; margin: 1.2rem 0 .2rem; }
+p { max-width: 46rem; margin: .4rem 0; }
+.small, figcaption, .note, footer { color: var(--muted); font-size: .875rem; }
+dl { display: grid; grid-template-columns: 6.2rem minmax(0, 1fr); gap: .3rem 1rem; margin: 0; }
+dt { color: var(--muted); } dd { margin: 0; grid-column: 2; }
+#answer { background: var(--panel); border: 1px solid var(--line); border-left: 5px solid
+  var(--good); border-radius: 6px; padding: .9rem 1rem; margin: 1rem 0; }
+#answer.faulty, #answer.noted { border-left-color: var(--limit); }
+#answer .strong { font-weight: 600; }
+.health { color: var(--good); } .faulty .health { color: var(--warning); }
+ul.warnings { margin: .7rem 0 0; padding-left: 1.2rem; color: var(--warning); }
+figure { margin: 1.2rem 0; } figure h3 { margin: 0; }
+.panels { display: grid; gap: 1rem 1.4rem; margin: .6rem 0;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 14rem), 1fr)); }
+.pair { display: grid; gap: 0 2rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
+svg { display: block; width: 100%; height: auto; } .wide svg { max-width: 36rem; }
+.panels svg { max-width: 20rem; }
+svg text { font: 10.5px system-ui, sans-serif; fill: var(--muted); }
+svg .name, svg .best text { fill: var(--text); font-weight: 600; }
+svg .limit { stroke: var(--limit); stroke-dasharray: 4 3; fill: none; }
+svg text.limit { stroke: none; fill: var(--warning); }
+svg .grid { stroke: var(--line); } svg .frame { fill: none; stroke: var(--quiet); }
+svg image { image-rendering: pixelated; }
+svg .best { fill: var(--mark); stroke: var(--mark); } svg .other { fill: var(--quiet);
+  stroke: var(--quiet); } svg .best text, svg .other text { stroke: none; }
+svg .other text { fill: var(--muted); }
+svg .best rect, svg .other rect, svg .best path { stroke: none; }
+svg circle.mean { fill: var(--page); } svg polyline { fill: none; }
+.scroll { overflow-x: auto; max-width: 100%; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; font-weight: 600; padding: .3rem 0; }
+caption span { display: block; width: max-content; max-width: min(30rem, calc(100vw - 2.2rem)); }
+th, td { padding: .15rem .6rem; text-align: right; border-bottom: 1px solid var(--line);
+  white-space: nowrap; overflow-wrap: normal; }
+thead th { color: var(--muted); font-weight: 600; }
+tr > :first-child { text-align: left; padding-left: 0; font-weight: 400; }
+details { margin: .8rem 0; } summary { cursor: pointer; font-weight: 600; padding: .2rem 0; }
+:focus-visible { outline: 2px solid var(--mark); outline-offset: 2px; }
+footer { border-top: 1px solid var(--line); margin-top: 2.5rem; padding-top: .8rem; }
+code { font: .875em ui-monospace, monospace; }
+@media (max-width: 30rem) { dl { grid-template-columns: 1fr; gap: 0; }
+  dd { grid-column: 1; margin-bottom: .45rem; } dd + dd { margin-top: -.3rem; } }
+@media print { body { max-width: none; font-size: 10pt; padding: 0; } .scroll { overflow: visible; }
+  details::details-content { content-visibility: visible; block-size: auto; }
+  figure, tr, #answer { break-inside: avoid; } h2, h3, caption { break-after: avoid; } }
 """
-COLORS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
-MARKERS = "osD^vP*X"
-SIDES = {"K": "keys", "V": "values", "T": "tensors"}
+
+
+def write_html(path: str, report: dict, command: str) -> None:
+    """Write the page, atomically.
+
+    Args:
+        path: where to.
+        report: what `inspect_report.report` returned.
+        command: the command line that asked for it.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with AtomicFiles() as output:
+        output.create(path).write(_page(report, command).encode())
 
 
 def escape(text: object) -> str:
     """Return text as HTML, what is not printable as `console.shown` writes it."""
-    return html.escape(shown(text))
+    return html.escape(shown(in_flags(str(text))))
 
 
-def require_matplotlib() -> None:
-    """Raise BackendError, which says what to install, if there is no matplotlib."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        need = "--html needs it: pip install 'tbq-reference[html]'"
-        raise BackendError("matplotlib", need) from None
-
-
-def write_html(path: str, report: dict, found: Inspection) -> None:
-    """Write the page, atomically.
-
-    Raises:
-        BackendError: matplotlib is missing.
-        OSError: the file cannot be written.
-    """
-    require_matplotlib()
-    with AtomicFiles() as output:
-        output.create(path).write(_page(report, found).encode())
-
-
-def _page(report: dict, found: Inspection) -> str:
-    body = [f"<h1>{escape(report['path'])}</h1>", _facts(report)]
-    if report["warnings"]:
-        items = "".join(f"<li>{escape(text)}</li>" for text in report["warnings"])
-        body.append(f'<h2>Warnings</h2><ul class="warnings">{items}</ul>')
-    body.append(_choice(report))
-    body += _plots(found)
-    path = report["reference"]["path"] if report["reference"] else ""
-    body.append(_table(f"Against {path}", REFERENCE_HEADER, reference_rows(report)))
-    body.append(_table("Candidates", CANDIDATE_HEADER, candidate_rows(report)))
-    body.append(_tensor_table(report))
-    head = f'<meta charset="utf-8"><title>tbq-inspect: {escape(report["path"])}</title>'
-    head += '<meta name="viewport" content="width=device-width">'
-    head += f"<style>{STYLE}</style>"
+def _page(report: dict, command: str) -> str:
+    title = escape(Path(report["path"]).name)
+    head = f'<meta charset="utf-8"><title>tbq-inspect: {title}</title>'
+    head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    head += '<meta name="color-scheme" content="light dark">'
+    head += f"<style>{_colours()}{STYLE}</style>"
+    body = [
+        f'<header><h1>{title}</h1><p class="small">{escape(report["path"])}</p></header><main>',
+        _answer(report),
+        _section("Types to choose from", _choice(report)),
+        _section("Layer by layer", _layers(report)),
+        _section("Distributions", _distributions(report)),
+        _section("The file", [_list(facts(report))]),
+        f"</main><footer><p>tbq-inspect {escape(tbq.__version__)}</p>",
+        # not `escape`: what was typed stays as it is
+        f"<p><code>{html.escape(shown(command))}</code></p></footer>",
+    ]
     return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(body)}</body></html>\n"
 
 
-# --- text ----------------------------------------------------------------------------------------
-
-
-def _facts(report: dict) -> str:
-    totals = report["totals"]
-    facts = {
-        "size": f"{totals['tensors']} tensors, {totals['n_bytes'] / MIB:.2f} MiB, "
-        f"{number(totals['bpw'], '.2f')} bits per value, "
-        f"{number(totals['compression'], '.2f')} times smaller than f16",
-        "dialect": f"{report['dialect'] or 'none'}: {report['dialect_reason']}",
-    }
-    state = report["state"]
-    if state:
-        cells = [stream["cells"] for memory in state["memories"] for stream in memory["streams"]]
-        facts |= {
-            "container": f"{state['container']}, version {state['version']}",
-            "layout": f"{state['layout']}: {state['layout_reason']}",
-            "cells": ", ".join(map(str, cells)),
-            "rotation": state["rotation"]["reason"],
-            "heads": state["heads"],
-        }
-    if report["gguf"]:
-        facts["architecture"] = str(report["gguf"]["architecture"])
-    rows = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
-    return f"<dl>{rows}</dl>"
-
-
-def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    if not rows:
-        return ""
-    lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
-    head = "".join(f"<th>{escape(name)}</th>" for name in header)
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
+def _colours() -> str:
+    light, dark = (
+        "".join(f"--{name}: {colour}; " for name, colour in theme.items())
+        for theme in (LIGHT, DARK)
+    )
     return (
-        f'<h2>{escape(title)}</h2><div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
+        f":root {{ color-scheme: light dark; {light}}}\n"
+        f"@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark}}} }}"
     )
 
 
-def _tensor_table(report: dict) -> str:
-    rows = []
-    for t in report["tensors"]:
-        for i, head in enumerate(t["statistics"]["heads"] if t["statistics"] else [{}]):
-            rows.append(
-                [
-                    t["name"],
-                    t["type"],
-                    str(i),
-                    number(t["bpw"], ".3f"),
-                    number(head.get("norm_mean"), ".4g"),
-                    number(head.get("channel_ratio"), ".2f"),
-                    number(head.get("kurtosis"), ".2f"),
-                    number(head.get("kurtosis_rotated"), ".2f"),
-                    number(head.get("marginal_distance"), ".4f"),
-                ]
-            )
-    header = [
-        "tensor",
-        "type",
-        "head",
-        "bits",
-        "norm",
-        "channel ratio",
-        "kurtosis",
-        "rotated",
-        "KS",
-    ]
-    return _table("Layers and heads", header, rows)
+# --- sections ------------------------------------------------------------------------------------
 
 
-def _choice(report: dict) -> str:
-    choice = report["choice"]
-    note = f"<p>{escape(report['assumptions'])}</p>" if report["assumptions"] else ""
-    if choice is None:
-        return note
-    rows = []
-    for c in choice["combinations"]:
-        dialect = c["dialect"] or "ggml"
-        rows.append([dialect, "all", c["k"], c["v"] or "–", number(c["bpw"], ".2f")])
-        for i, layer in enumerate(c["layers"]):
-            bits = number(c["layers_bpw"], ".2f") if i == 0 else ""
-            rows.append([dialect, layer["layer"], layer["k"], layer["v"] or "–", bits])
-    limits = f"KL up to {choice['max_kl']:g}, output error up to {choice['max_output_error']:g}"
-    header = ["dialect", "layer", "K", "V", "bits per value"]
-    return _table(f"Cheapest types with {limits}", header, rows) + note
+def _answer(report: dict) -> str:
+    kind = "noted" if report["warnings"] else "sound"
+    kind = "faulty" if any(map(has_faults, report["tensors"])) else kind
+    warnings = "".join(f"<li>{escape(text)}</li>" for text in report["warnings"])
+    warnings = f'<ul class="warnings" aria-label="warnings">{warnings}</ul>' if warnings else ""
+    return (
+        f'<section id="answer" class="{kind}" aria-label="the answer">{_list(verdict(report))}'
+        f"{warnings}</section>"
+    )
 
 
-# --- plots ---------------------------------------------------------------------------------------
+def _choice(report: dict) -> list[str]:
+    sides = [side for side in "KVT" if types_plot(report, side)]
+    figures = "".join(_figure(types_plot(report, side)) for side in sides)
+    parts = [f'<div class="pair">{figures}</div>' if figures else "", _table(choice_table(report))]
+    tables = "".join(f"<div>{_table(side_table(report, side))}</div>" for side in sides)
+    parts.append(f'<div class="pair">{tables}</div>' if tables else "")
+    return [*parts, *(f'<p class="note">{escape(note)}</p>' for note in notes(report))]
 
 
-def _plots(found: Inspection) -> Iterator[str]:
-    for title, draw in (
-        ("Error per layer", _error_per_layer),
-        ("Channels: root mean square over the head's median, as a power of two", _channel_map),
-        ("Codes, the share of each", _code_histograms),
-        ("Size against error, mean over layers", _size_against_error),
-    ):
-        figure = draw(found)
-        if figure is not None:
-            yield f"<h2>{escape(title)}</h2>{_svg(figure, title)}"
+def _layers(report: dict) -> list[str]:
+    parts = [_figure(layers_plot(report, side)) for side in "KVT"]
+    tables = (reference_table(report), tensor_table(report), candidate_table(report))
+    return [*parts, *map(_table, tables), _table(head_table(report))]
 
 
-def _svg(figure: Figure, name: str) -> str:
-    import matplotlib
-
-    out = io.StringIO()
-    # text stays text, and ids depend on the plot alone, so that the page is reproducible
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    text = out.getvalue()
-    return text[text.index("<svg") :]
+def _distributions(report: dict) -> list[str]:
+    channels = "".join(_figure(channel_plot(report, side)) for side in "KV")
+    pair = f'<div class="pair">{channels}</div>' if channels else ""
+    return [pair, _figure(code_plot(report))]
 
 
-def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+# --- parts ---------------------------------------------------------------------------------------
 
 
-def _style(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
+def _section(title: str, parts: Iterable[str]) -> str:
+    body = "".join(parts)
+    return f"<section><h2>{escape(title)}</h2>{body}</section>" if body else ""
 
 
-def _looks(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Give each name a colour and a marker, the same in all panels of a plot."""
-    return {
-        name: {
-            "color": COLORS[i % len(COLORS)],
-            "marker": MARKERS[(i + i // len(COLORS)) % len(MARKERS)],
-            "linestyle": "-",
-        }
-        for i, name in enumerate(dict.fromkeys(names))
-    }
+def _list(found: Iterable[Fact]) -> str:
+    lines, last = [], ""
+    for label, text in found:
+        kind = {"what": "strong", "health": "strong health", "choose": "strong"}.get(label, "")
+        kind = f' class="{kind}"' if kind else ""
+        if label and label != last:
+            lines.append(f"<dt>{escape(label)}</dt>")
+        last = label or last
+        lines.append(f"<dd{kind}>{escape(text)}</dd>")
+    return f"<dl>{''.join(lines)}</dl>"
 
 
-def _series(found: Inspection) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
-    """Return, per side, the error of each candidate and of the file itself by layer."""
-    sides: dict[str, dict[str, tuple[list[int], list[float]]]] = {}
-    for place, f in enumerate(found.findings):
-        layer = place if f.tensor.layer is None else f.tensor.layer
-        points = [(c.type.name, c.relative_mse) for c in f.candidates if c.unfit is None]
-        if f.distortion is not None:
-            points.append((f"this file ({f.tensor.format.name})", f.relative_mse))
-        for name, error in points:
-            xs, ys = sides.setdefault(f.tensor.kind, {}).setdefault(name, ([], []))
-            xs.append(layer)
-            ys.append(error)
-    return sides
+def _figure(plot: Plot | None) -> str:
+    if plot is None:
+        return ""
+    drawings = "".join(f"<div>{drawing}</div>" for drawing in plot.drawings)
+    return (
+        f"<figure><h3>{escape(plot.title)}</h3>"
+        f'<div class="{"wide" if plot.wide else "panels"}">{drawings}</div>'
+        f"<figcaption>{escape(plot.caption)}</figcaption></figure>"
+    )
 
 
-def _error_per_layer(found: Inspection) -> Figure | None:
-    sides = {kind: lines for kind, lines in _series(found).items() if kind in SIDES}
-    if not sides:
-        return None
-    looks = _looks(name for lines in sides.values() for name in lines)
-    figure, grid = _figure(1, len(sides), 5.5 * len(sides), 3.8)
-    for axes, (kind, lines) in zip(grid[0], sides.items(), strict=True):
-        for name, (xs, ys) in lines.items():
-            order = np.argsort(xs, kind="stable")
-            x, y = np.array(xs)[order], np.array(ys)[order]
-            axes.plot(x, y, label=name, ms=5, lw=1.2, **looks[name])
-        if all(y > 0 for _, ys in lines.values() for y in ys):
-            axes.set_yscale("log")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set(title=SIDES[kind], xlabel="layer", ylabel="relative MSE")
-        _style(axes)
-        axes.legend(fontsize="small", frameon=False)
-    return figure
-
-
-def _channel_map(found: Inspection) -> Figure | None:
-    sides = {
-        kind: [f for f in found.findings if f.tensor.kind == kind and f.heads] for kind in "KV"
-    }
-    sides = {kind: fs for kind, fs in sides.items() if fs}
-    if not sides:
-        return None
-    heads = max(sum(len(f.heads) for f in fs) for fs in sides.values())
-    figure, grid = _figure(1, len(sides), 5.5 * len(sides), min(12, 1.6 + 0.16 * heads))
-    for axes, (kind, fs) in zip(grid[0], sides.items(), strict=True):
-        image = _channel_image([h.channel_rms for f in fs for h in f.heads])
-        limit = max(1.0, float(np.abs(image).max()))
-        picture = axes.imshow(
-            image, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest"
-        )
-        starts = np.cumsum([0] + [len(f.heads) for f in fs[:-1]])
-        every = max(1, len(fs) // 16)
-        axes.set_yticks(starts[::every], [f.tensor.layer for f in fs[::every]])
-        axes.set(
-            title=SIDES[kind], xlabel="channel of the head", ylabel="layer (one line per head)"
-        )
-        figure.colorbar(picture, ax=axes)
-    return figure
-
-
-def _channel_image(channels: list[np.ndarray]) -> np.ndarray:
-    """Return the logarithm of each channel over its head's median, one line per head."""
-    image = np.zeros((len(channels), max(map(len, channels))))
-    for row, rms in zip(image, channels, strict=True):
-        median = np.median(rms)
-        if median > 0:
-            row[: len(rms)] = np.log2(np.maximum(rms / median, 2.0**-8))
-    return image
-
-
-def _code_histograms(found: Inspection) -> Figure | None:
-    totals: dict[str, np.ndarray] = {}
-    for f in found.findings:
-        for name, counts in f.health.histograms.items():
-            label = f"{f.tensor.kind} {f.tensor.format.name}, {name}"
-            totals[label] = totals.get(label, 0) + counts
-    totals = {label: counts for label, counts in totals.items() if counts.sum()}
-    if not totals:
-        return None
-    columns = min(3, len(totals))
-    rows = -(-len(totals) // columns)
-    figure, grid = _figure(rows, columns, 3.7 * columns, 2.6 * rows)
-    for axes in grid.flat[len(totals) :]:
-        axes.set_visible(False)
-    for axes, (label, counts) in zip(grid.flat, totals.items(), strict=False):
-        axes.bar(
-            np.arange(len(counts)), counts / counts.sum(), width=1, color=COLORS[0], ec="white"
-        )
-        axes.set_title(label, fontsize="medium")
-        axes.set(xlabel="code")
-        _style(axes)
-    return figure
-
-
-def _size_against_error(found: Inspection) -> Figure | None:
-    sides: dict[str, dict[str, tuple[float, list[float]]]] = {}
-    for f in found.findings:
-        for c in f.candidates:
-            if c.unfit is None:
-                entry = sides.setdefault(f.tensor.kind, {})
-                entry.setdefault(c.type.name, (c.type.bpw, []))[1].append(c.relative_mse)
-    if not sides:
-        return None
-    looks = _looks(name for points in sides.values() for name in points)
-    figure, grid = _figure(1, len(sides), 5.5 * len(sides), 3.8)
-    for axes, (kind, points) in zip(grid[0], sides.items(), strict=True):
-        for name, (bits, errors) in points.items():
-            look = looks[name] | {"linestyle": "none"}
-            axes.plot([bits], [float(np.mean(errors))], label=name, ms=7, **look)
-        if all(np.mean(errors) > 0 for _, errors in points.values()):
-            axes.set_yscale("log")
-        axes.margins(x=0.1)
-        axes.set(title=SIDES[kind], xlabel="bits per value", ylabel="relative MSE")
-        _style(axes)
-        axes.legend(fontsize="small", frameon=False)
-    return figure
+def _table(found: Table | None) -> str:
+    """Return a table in a box that scrolls, folded away if it is long, and its notes."""
+    if found is None or not (found.rows or found.notes):
+        return ""
+    below = "".join(f'<p class="note">{escape(note)}</p>' for note in found.notes)
+    if not found.rows:
+        return below if found.title == "Candidates" else ""
+    head = "".join(f'<th scope="col">{escape(name) or "&nbsp;"}</th>' for name in found.header)
+    lines = []
+    for name, *cells in found.rows:
+        line = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        lines.append(f'<tr><th scope="row">{escape(name)}</th>{line}</tr>')
+    title = escape(found.title)
+    table = (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{title}"><table>'
+        f"<caption><span>{title}</span></caption><thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(lines)}</tbody></table></div>{below}"
+    )
+    if len(lines) <= FOLDED:
+        return table
+    return f"<details><summary>{title}: {len(lines)} rows</summary>{table}</details>"

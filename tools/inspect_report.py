@@ -73,7 +73,7 @@ def report(
         if reference is None
         else {"path": reference, "cells": found.compared_cells},
         "assumptions": ASSUMPTIONS.format(source=queries.source)
-        if any(f.attention or f.candidates for f in found.findings)
+        if any(f.attention or any(c.attention for c in f.candidates) for f in found.findings)
         else None,
         "choice": None
         if not combinations

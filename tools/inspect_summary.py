@@ -9,7 +9,12 @@ from tbq.registry import get_dialect
 F16_BITS = 16
 OTHERS = 5  # combinations beside the recommended one
 PAYS = 0.95  # what layers of their own types must come down to, to be worth a line
-SIDES = {"K": ("kl", "max_kl", "softmax KL"), "V": ("output_error", "max_output_error", "output")}
+# By what the types of a side are judged: the figure, the limit of it, and how it is called.
+SIDES = {
+    "K": ("kl", "max_kl", "softmax KL, nats"),
+    "V": ("output_error", "max_output_error", "relative squared error of attention output"),
+    "T": ("relative_mse", None, "relative squared error of the values"),
+}
 
 
 def answer(choice: dict) -> list[str]:
@@ -18,14 +23,19 @@ def answer(choice: dict) -> list[str]:
     lines = [f"{flags(best)}  {_smaller(best)}", *_by_layer(best)]
     lines += [f"or {flags(c)}  {_smaller(c)}" for c in others[:OTHERS]]
     if len(others) > OTHERS:
-        lines.append(f"and {len(others) - OTHERS} more with --json")
+        lines.append(f"and {len(others) - OTHERS} more below")
     return lines
 
 
 def flags(combination: dict) -> str:
     """Return llama.cpp's flags for a combination."""
     names = {"-ctk": combination["k"], "-ctv": combination["v"]}
-    return " ".join(f"{flag} {name.rpartition(':')[2]}" for flag, name in names.items() if name)
+    return " ".join(f"{flag} {bare(name)}" for flag, name in names.items() if name)
+
+
+def bare(name: str) -> str:
+    """Return what a fork calls a type: without dialect and choice, as in `amesianx:tbq4_0[...]`."""
+    return name.rpartition(":")[2].partition("[")[0]
 
 
 def _smaller(combination: dict) -> str:
@@ -68,19 +78,25 @@ def ranges(numbers: list[int]) -> str:
     return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
 
 
+def figure(result: dict, side: str) -> float | None:
+    """Return by what a candidate, or a comparison with a reference, is judged; None if unknown."""
+    key = SIDES[side][0]
+    return result[key] if side == "T" else (result["attention"] or {}).get(key)
+
+
 def over_layers(report: dict, side: str) -> list[dict]:
-    """Return each candidate's figures over all layers of K or V, those of fewest bits first.
+    """Return each candidate's figures over all K, V or tensors, those of fewest bits first.
 
     A candidate is left out where no layer can have it. `best` says that none of fewer bits does
     less harm, `good` that its worst layer is within the limit.
     """
-    key, limit_key, _ = SIDES[side]
-    limit = (report["choice"] or {}).get(limit_key)
+    limit = (report["choice"] or {}).get(SIDES[side][1])
     found: dict[str, list] = {}
     for t in report["tensors"]:
         for c in t["candidates"] if t["kind"] == side else ():
-            if not c["unfit"] and c["attention"] and c["attention"][key] is not None:
-                found.setdefault(c["type"], []).append((c["attention"][key], t, c["bpw"]))
+            error = None if c["unfit"] else figure(c, side)
+            if error is not None:
+                found.setdefault(c["type"], []).append((error, t, c["bpw"]))
     rows = []
     for name, entries in found.items():
         errors = [error for error, _, _ in entries]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
     parser = argparse.ArgumentParser(
         prog="tbq-inspect",
-        usage="tbq-inspect [options] FILE",
+        usage="tbq-inspect [options] FILE...",
         description="Say what is in a GGUF file or a llama.cpp state file (prompt cache, slot "
         "save, sequence blob): layout, types, health and statistics per layer; the error against "
         "an unquantised twin; what other types would do to it, and which is the cheapest good one.",
@@ -37,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("file", metavar="FILE", help="GGUF file (or first shard), or state file")
+    add("files", metavar="FILE", nargs="+", help="GGUF file (or first shard), or state file")
     add("--dialect", metavar="D", help=f"dialect of type ids: {', '.join(tbq.dialects())}")
     add("--reference", metavar="F", help="unquantised dump of the same prompt, or model")
     add(
@@ -76,33 +77,50 @@ def build_parser() -> argparse.ArgumentParser:
         help="rows (cells) per tensor for statistics, attention and candidates, evenly spaced; "
         f"0: all; default {DEFAULT_MAX_ROWS}. Health and reference errors use every row",
     )
+    add("--keys", action="store_true", help="list what stands in the header, and look no further")
+    add("--tensors", action="store_true", help="list the tensors likewise; with --keys both")
     add("--json", action="store_true", help="print one JSON object instead of text")
-    add("--html", metavar="OUT", help="write a page with tables and plots (needs matplotlib)")
+    add("--html", metavar="OUT", help="write a page with tables and plots")
     add("--threads", metavar="N", type=int, help="worker threads; default: all cores")
+    console.add_workers(parser)
     state_options.add(parser.add_argument_group("state files"))
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program; returns the exit code."""
-    return console.run(build_parser(), inspect_command, argv, lists=lambda args: not args.html)
+    parser = build_parser()
+    parser.set_defaults(command=_command_line(sys.argv[1:] if argv is None else argv))
+    return console.run(parser, inspect_command, argv, lists=lambda args: not args.html)
+
+
+def _command_line(argv: list[str]) -> str:
+    return shlex.join(["tbq-inspect", *argv])
 
 
 def inspect_command(args: argparse.Namespace) -> int:
-    """Carry out one inspection; returns the exit code."""
+    """Carry out the inspections; returns the exit code."""
+    _check(args)
+    if len(args.files) == 1 and args.workers is None and args.scheduler is None:
+        (args.file,) = args.files
+        return inspect_one(args)
+    from .inspect_many import inspect_all
+
+    return inspect_all(args)
+
+
+def inspect_one(args: argparse.Namespace) -> int:
+    """Inspect `args.file`; returns the exit code."""
     from gguf_io.atomic import refuse_inputs
     from gguf_io.candidates import parse_candidates
     from gguf_io.inspection import Settings, inspect_file, selected_tensors
 
     from . import inspect_report
 
-    _check(args)
     if _is_resume_file(args.file):
         return _list_objects(args)
-    if args.html:
-        from .inspect_html import require_matplotlib
-
-        require_matplotlib()
+    if args.keys or args.tensors:
+        return _list_keys(args)
     candidates = parse_candidates(args.candidates, args.dialect) if args.candidates else []
     layers = None if args.layers is None else Layers(args.layers)
     queries = _queries(args)
@@ -129,7 +147,7 @@ def inspect_command(args: argparse.Namespace) -> int:
         if args.html:
             from .inspect_html import write_html
 
-            write_html(args.html, report, found)
+            write_html(args.html, report, args.command)
         if args.json:
             console.print_json(report)
         else:
@@ -165,7 +183,7 @@ def _list_objects(args: argparse.Namespace) -> int:
 
     from gguf_io.state_buun import stored_objects
 
-    from .inspect_text import table
+    from .columns import table, wrapped
 
     if args.html or args.reference or args.candidates:
         need = "a state file or a GGUF file with --html, --reference or --candidates"
@@ -175,11 +193,22 @@ def _list_objects(args: argparse.Namespace) -> int:
         console.print_json({"schema": "tbq-inspect-objects/1", "path": args.file, "objects": found})
         return console.OK
     console.say(args.file)
-    print("  a file of buun-llama-cpp's resume store; payloads are not looked into, and their XXH3")
-    print("  checksums not compared")
+    what = "a file of buun-llama-cpp's resume store; payloads are not looked into, and their XXH3"
+    print(wrapped("  ", f"{what} checksums not compared"))
     header = ("kind", "at byte", "payload", "first", "last", "generation", "complete")
     rows = [tuple(map(str, one.values())) for one in found]
     table(header, rows) if rows else print("  no object in it")
+    return console.OK
+
+
+def _list_keys(args: argparse.Namespace) -> int:
+    """List the keys of a file, its tensors, or both; returns the exit code."""
+    from .inspect_keys import print_listing, refuse_others
+
+    refuse_others(args)
+    with _open(args, args.file) as file:
+        print_listing(file, args)
+        file.check_unchanged()
     return console.OK
 
 
