@@ -10,6 +10,7 @@ from tbq.dialect import Dialect, Release
 from tbq.errors import (
     AmbiguousTypeError,
     BackendError,
+    ClosedFileError,
     CorruptBlockError,
     FileFormatError,
     InputError,
@@ -22,11 +23,12 @@ from tbq.registry import dialects, formats, get_format
 from tbq.repacking import counterpart, repack, repackable
 from tbq.rotations import Rotation, rotation
 
-__version__ = "0.2.0"
+__version__ = "1.0.0"
 
 __all__ = [
     "AmbiguousTypeError",
     "BackendError",
+    "ClosedFileError",
     "Codec",
     "CorruptBlockError",
     "Dialect",

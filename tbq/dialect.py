@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import cached_property
 
 from tbq.errors import InputError, UnknownFormatError
@@ -50,7 +51,7 @@ class GraphRotation:
     rotated_values: str | None = None
     optional: bool = False
 
-    def kind(self, side: str, formats) -> str | None:
+    def kind(self, side: str, formats: Collection[object]) -> str | None:
         """Return the rotation of the K or V of a cache that holds these types."""
         if side == "K":
             return self.keys
@@ -139,8 +140,10 @@ class Dialect:
         for release in self.releases:
             if release.name == name:
                 return release
-        known = [f"{self.name}@{release.name}" for release in self.releases]
-        raise UnknownFormatError(f"{self.name}@{name}", known, f"releases of {self.name}")
+        known = {release.name: f"{self.name}@{release.name}" for release in self.releases}
+        near = [known[close] for close in get_close_matches(name, known)] or list(known.values())
+        what = f"releases of {self.name}"
+        raise UnknownFormatError(f"{self.name}@{name}", near, what, "release")
 
     def type_id(self, fmt: Format, release: str | None = None) -> int:
         """Return the id of a format in a release, or in the newest that lists it.

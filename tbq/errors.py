@@ -7,20 +7,37 @@ attributes, and says in one line what was given, what was needed and where.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 class TbqError(Exception):
     """Base class of all errors of tbq, gguf_io, cuda_port and the programs."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what was kept: unpickling would call the class with the message alone."""
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(kind: type[TbqError], args: tuple[Any, ...], attributes: dict[str, Any]) -> TbqError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(attributes)
+    return error
+
 
 class UnknownFormatError(TbqError, LookupError):
-    """No registered format or type has this name."""
+    """No registered format, dialect or release has this name."""
 
-    def __init__(self, name: str, near: Sequence[str] = (), known: str = "tbq.formats()") -> None:
+    def __init__(
+        self,
+        name: str,
+        near: Sequence[str] = (),
+        known: str = "tbq.formats()",
+        kind: str = "format",
+    ) -> None:
         self.name = name
         self.near = tuple(near)
         hint = f"did you mean {' or '.join(self.near)}?" if self.near else f"see {known}"
-        super().__init__(f"no format is called {name!r}; {hint}")
+        super().__init__(f"no {kind} is called {name!r}; {hint}")
 
 
 class AmbiguousTypeError(TbqError, LookupError):
@@ -65,7 +82,7 @@ class ValueOverflowError(TbqError, OverflowError):
         listed += f" and {len(self.counts) - 5} more tensors" if len(self.counts) > 5 else ""
         super().__init__(
             f"finite values that become infinite or NaN: {listed}; nothing was written "
-            "(allow_overflow, --allow-overflow: write them all the same)"
+            "(allow_overflow= writes them all the same)"
         )
 
 
@@ -78,6 +95,16 @@ class FileFormatError(TbqError, ValueError):
         self.reason = reason
         where = "" if offset is None else f" at byte {offset}"
         super().__init__(f"{self.path}{where}: {reason}")
+
+
+class ClosedFileError(TbqError, ValueError):
+    """A file was asked for something after it was closed."""
+
+    def __init__(self, path: object) -> None:
+        self.path = str(path)
+        super().__init__(
+            f"{self.path}: the file is closed; what is needed of it is to be read before"
+        )
 
 
 class BackendError(TbqError, RuntimeError):

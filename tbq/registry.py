@@ -6,6 +6,7 @@ programs, tests, documentation and benchmarks all iterate what is here.
 
 from __future__ import annotations
 
+import copyreg
 import difflib
 import importlib
 import pkgutil
@@ -80,7 +81,8 @@ def get_dialect(name: str) -> Dialect:
     """
     found = _registered().get(name.strip().lower())
     if found is None:
-        raise UnknownFormatError(name, dialects(), "tbq.dialects()")
+        near = difflib.get_close_matches(name.lower(), dialects()) or dialects()
+        raise UnknownFormatError(name, near, "tbq.dialects()", "dialect")
     return found
 
 
@@ -113,6 +115,15 @@ def families() -> tuple[ModuleType, ...]:
 
 
 # --- names ---------------------------------------------------------------------------------------
+
+
+def _sent(key: str, choice: str) -> Format:
+    fmt = get_format(key)
+    return next(one for one in (fmt, *fmt.variants()) if one.choice == choice)
+
+
+# Formats are compared by identity: what is pickled is the name, and another process has its own.
+copyreg.pickle(Format, lambda fmt: (_sent, (fmt.key, fmt.choice)))
 
 
 def get_format(name: str | Format) -> Format:
@@ -156,9 +167,10 @@ def _by_name(name: str) -> Format:
 
 def _preferred(found: list[Format]) -> Format | None:
     """Return which of several formats of one bare name is meant; None if that cannot be told."""
-    ranked = [fmt for fmt in found if get_dialect(fmt.dialect).precedence is not None]
+    ranks = [get_dialect(fmt.dialect).precedence for fmt in found]
+    ranked = [(rank, at) for at, rank in enumerate(ranks) if rank is not None]
     if ranked:
-        return min(ranked, key=lambda fmt: get_dialect(fmt.dialect).precedence)
+        return found[min(ranked)[1]]
     places = {fmt.dialect for fmt in found}
     own = [fmt for fmt in found if get_dialect(fmt.dialect).backend_of not in places]
     return own[0] if len(own) == 1 else None
@@ -173,7 +185,11 @@ def near_misses(wanted: str, accept: Callable[[Format], bool] = lambda fmt: True
         for name in (fmt.name, *fmt.aliases):
             bare.setdefault(name, []).append(fmt)
     names |= {name for name, own in bare.items() if len(own) == 1 or _preferred(own)}
-    return difflib.get_close_matches(wanted, sorted(names), n=3, cutoff=0.6)
+    # What another dialect calls so, what is like it, what starts so.
+    elsewhere = [fmt.label for fmt in bare.get(wanted.rpartition(":")[2], ())]
+    like = difflib.get_close_matches(wanted, sorted(names), n=3, cutoff=0.6)
+    longer = sorted(name for name in names if name.startswith(wanted))
+    return list(dict.fromkeys([*elsewhere, *like, *longer]))[:3]
 
 
 # --- ids -----------------------------------------------------------------------------------------

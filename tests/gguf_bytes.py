@@ -39,3 +39,13 @@ def gguf_file(
     head += struct.pack("<Q", len(kvs) if n_kv is None else n_kv)
     head += b"".join([*kvs, *tensors])
     return head + bytes(-len(head) % alignment) + data
+
+
+def big_file(path, n_bytes):
+    """A sparse file of zeros: one tensor of float32 rows of 4096."""
+    rows = n_bytes // 16384
+    head = gguf_file([], [tensor("x.weight", (4096, rows))])
+    with open(path, "wb") as file:
+        file.write(head)
+        file.truncate(len(head) + rows * 16384)
+    return path

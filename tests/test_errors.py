@@ -1,7 +1,10 @@
 """Every wrong call gets one of our errors, with what was given and what was needed."""
 
+import pickle
+
 import numpy as np
 import pytest
+from conftest import FORMATS
 
 import tbq
 from gguf_io import resolve_type
@@ -84,6 +87,7 @@ def test_every_error_class_is_exported_and_caught_as_its_builtin():
         tbq.FileFormatError: ValueError,
         tbq.ValueOverflowError: OverflowError,
         tbq.BackendError: RuntimeError,
+        tbq.ClosedFileError: ValueError,
     }
     defined = {
         c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, tbq.TbqError)
@@ -92,3 +96,27 @@ def test_every_error_class_is_exported_and_caught_as_its_builtin():
     for error, builtin in builtins.items():
         assert issubclass(error, tbq.TbqError)
         assert issubclass(error, builtin)
+
+
+def test_errors_survive_being_sent_to_another_process():
+    given = [
+        errors.UnknownFormatError("x", ["y"]),
+        errors.AmbiguousTypeError("x", ["a", "b"], "say which"),
+        errors.InputError("x", "1", "2"),
+        errors.CorruptBlockError("f", 3, "why"),
+        errors.ValueOverflowError({"a": 3}),
+        errors.FileFormatError("path", 7, "why"),
+        errors.ClosedFileError("path"),
+        errors.BackendError("numba", "why"),
+        errors.ClosedFileError("path"),
+    ]
+    assert {type(error) for error in given} == set(errors.TbqError.__subclasses__())
+    for error in given:
+        found = pickle.loads(pickle.dumps(error))
+        assert (type(found), str(found), vars(found)) == (type(error), str(error), vars(error))
+
+
+def test_a_format_is_the_same_where_it_is_sent():
+    """They are compared by identity."""
+    for fmt in FORMATS:
+        assert pickle.loads(pickle.dumps(fmt)) is fmt

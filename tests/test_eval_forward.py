@@ -121,6 +121,7 @@ def test_cache_is_in_between(architecture, k, v, opened, rng):
         ("llama-tq:vtq3_1", "V", 2, 64, 64, "dhd64"),
         ("buun:turbo3", "K", 2, 64, 128, None),
         ("thetom:turbo3", "V", 2, 64, 128, None),
+        ("ik_llama:q6_0", "K", 2, 128, 128, None),  # rotated only if it is told to
     ],
 )
 def test_path_of_each_dialect(name, side, heads, head_dim, stored, rotation, rng):

@@ -145,7 +145,7 @@ def test_without_the_library(tmp_path, monkeypatch):
     byte_pair_model(tmp_path / "m.gguf", "qwen2")
     with (
         gguf_io.open_gguf(tmp_path / "m.gguf") as file,
-        pytest.raises(BackendError, match=r"tbq-reference\[bpe\]"),
+        pytest.raises(BackendError, match=r"tokenizers: .*\[bpe\]"),
     ):
         tokenizer.tokenize(file, "a")
 

@@ -1,13 +1,18 @@
 """The demo and the benchmark: they run, and the benchmark refuses a wrong kernel."""
 
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 from conftest import FORMATS, WRONG
 
 import gguf_io
 import tbq
-from tools import demo, tbq_bench
+from tbq import registry
+from tools import bench_cases, demo, tbq_bench
 from tools.demo_data import DEMO_FILE, WIDTH, demo_tensors
 
 # What comes back as something else, and how far off: negated, or under a wrong scale.
@@ -15,20 +20,50 @@ UNUSUAL = {f"llama-tq-cuda:ktq{bits}_1": (3, 5) for bits in (1, 2, 3, 4)}
 UNUSUAL |= dict.fromkeys(WRONG, (0.3, 100))
 
 
-def test_demo_prints_every_format_with_plausible_errors(capsys):
-    demo.main(["all"])
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()[3:] if line]
-    rows = {first: rest for first, *rest in lines}
+def test_demo_prints_every_type_with_plausible_errors(capsys):
+    assert demo.main(["--all"]) == 0
+    table, _, notes = capsys.readouterr().out.partition("Errors that large")
+    rows = {line[:30].strip(): line[30:] for line in table.splitlines()[3:]}
     for fmt in (fmt for fmt in tbq.formats() if not fmt.sibling):
-        if not demo.fits(fmt):
-            fixed = not (fmt.by_side or fmt.by_head_dim or fmt.group_values == 576)
-            assert not (fixed and demo.in_files(fmt))
-            assert rows[fmt.key] == []
+        row = rows[fmt.label]
+        if WIDTH % fmt.group_values:
+            assert row == "needs a positive multiple of 576 values for " + fmt.label
             continue
-        bits, *errors = map(float, rows[fmt.key])
-        assert bits == round(8 * fmt.row_bytes(WIDTH) / WIDTH, 4)
-        low, high = UNUSUAL.get(fmt.key, (0, 1.2))
-        assert all(low < error < high for error in errors), (fmt.key, errors)
+        found = dict(zip(("bits", "K", "V", "gauss"), re.split(r"  +", row.strip()), strict=True))
+        for side in {"K", "V"} - set(fmt.side):
+            assert found.pop(side) == f"{fmt.side} only"
+        fitting = fmt.fitting(head_dim=demo.HEAD_DIM, side=fmt.side[0])
+        assert float(found.pop("bits")) == round(8 * fitting.row_bytes(WIDTH) / WIDTH, 4)
+        low, high = UNUSUAL.get(fmt.key, (0, 0.5 if fmt.bpw > 2.3 else 0.8))
+        assert all(low < float(error) < high for error in found.values()), (fmt.key, found)
+    assert "llama-tq-cuda:ktq2_1: Decodes to the negative of what was encoded" in notes
+
+
+def test_demo_has_a_type_of_every_fork_that_was_run():
+    proven = {fmt.dialect for fmt in tbq.formats() if fmt.evidence == "vectors"}
+    forks = {name for name in proven if not registry.get_dialect(name).backend_of}
+    chosen = [tbq.get_format(name) for name in demo.selected([], everything=False)]
+    assert {fmt.dialect for fmt in chosen} == forks
+    assert all(fmt.evidence == "vectors" and not fmt.release for fmt in chosen)
+
+
+def test_demo_leaves_quietly_when_nobody_reads_on():
+    command = [sys.executable, "-m", "tools.demo", "q8_0", "q4_0", "q5_0", "q4_1"]
+    pipes = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "cwd": Path(demo.__file__).parents[1],
+    }
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        assert process.stdout.readline().startswith("Relative MSE")
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=300) == 141
+
+
+def test_demo_says_which_types_there_are(capsys):
+    assert demo.main(["tbq33"]) == 2
+    assert "demo: error: no format is called 'tbq33'; did you mean" in capsys.readouterr().err
 
 
 def test_demo_data_is_what_its_generator_makes():
@@ -38,8 +73,8 @@ def test_demo_data_is_what_its_generator_makes():
 
 
 def test_bench_measures_and_records(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(tbq_bench, "VALUES", 1 << 14)
-    monkeypatch.setattr(tbq_bench, "SECONDS", 0.01)
+    monkeypatch.setattr(bench_cases, "VALUES", 1 << 14)
+    monkeypatch.setattr(bench_cases, "SECONDS", 0.01)
     out = tmp_path / "bench.jsonl"
     every = "4608"  # what the groups of all formats divide
     assert tbq_bench.main(["--rows", every, "--rounds", "1", "--out", str(out)]) == 0

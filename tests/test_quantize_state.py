@@ -89,7 +89,7 @@ def test_dry_run_writes_nothing(tmp_path, quantize):
         (["--head-dim", "8", SAMPLES / "small.f32.gguf", "{0}/o", "q8_0"], 2, "--head-dim.*GGUF"),
         (["--head-dim", "x", F32, "{0}/o", "q8_0"], 2, "--head-dim: got x"),
         (["--memory", "iswa", F32, "{0}/o", "q8_0"], 3, "the file holds kv"),
-        ([STATES / "pr21089.q8_0.seq0.bin", "{0}/o", "q4_0"], 2, "already, need allow_requantize"),
+        ([STATES / "pr21089.q8_0.seq0.bin", "{0}/o", "q4_0"], 2, "need --allow-requantize to"),
         (["--type-k", "q8_0", "--type-v", "q8_0", F32, "{0}/o", "q8_0", "x"], 2, "got 4 of them"),
         (["--model", MODELS / "gemma3.metadata.gguf", F32, "{0}/o", "q8_0"], 3, "gemma3 has 6"),
     ],

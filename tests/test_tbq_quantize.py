@@ -22,7 +22,7 @@ from gguf import GGUFValueType
 
 import gguf_io
 import tbq
-from gguf_io import Field, OutputTensor, convert
+from gguf_io import Field, OutputTensor, steps
 from gguf_io.writer import OWN_KEYS
 from tools import tbq_quantize
 
@@ -298,13 +298,13 @@ def test_three_and_four_axes(tmp_path, quantize):
 
 def test_chunks_and_threads_change_no_byte(tmp_path, quantize, monkeypatch):
     quantize("--pure", F32, tmp_path / "a.gguf", "tbq3_0")
-    monkeypatch.setattr(convert, "CHUNK_VALUES", 1000)
+    monkeypatch.setattr(steps, "CHUNK_VALUES", 1000)
     quantize("--pure", "--threads", 3, F32, tmp_path / "b.gguf", "tbq3_0")
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
 
 def test_unknown_types_are_carried_along(tmp_path, quantize, monkeypatch):
-    monkeypatch.setattr(convert, "CHUNK_VALUES", 64)  # more than one chunk of rows
+    monkeypatch.setattr(steps, "CHUNK_VALUES", 64)  # more than one chunk of rows
     source = tmp_path / "in.gguf"
     records = [g.tensor("x.weight", (256, 2)), g.tensor("u", (64, 2), 99, 2048)]
     source.write_bytes(g.gguf_file([], records, bytes(2048) + bytes(range(100)) * 2))
@@ -338,7 +338,7 @@ def test_formats_of_other_dialects(tmp_path, quantize, name):
 
 def test_flat_block_index_runs_on_through_chunks(tmp_path, quantize, monkeypatch):
     """llama-tq's CUDA code seeds its signs by the position in the whole tensor."""
-    monkeypatch.setattr(convert, "CHUNK_VALUES", 3000)
+    monkeypatch.setattr(steps, "CHUNK_VALUES", 3000)
     out = tmp_path / "out.gguf"
     quantize("--pure", "--include", "attn_k", F32, out, "llama-tq-cuda:ktq4_1")
     with gguf_io.open_gguf(F32) as source, gguf_io.open_gguf(out) as f:
@@ -641,19 +641,9 @@ def test_file_size_limit(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def big_file(path, n_bytes):
-    """A sparse file of zeros: one tensor of float32 rows of 4096."""
-    rows = n_bytes // 16384
-    head = g.gguf_file([], [g.tensor("x.weight", (4096, rows))])
-    with open(path, "wb") as file:
-        file.write(head)
-        file.truncate(len(head) + rows * 16384)
-    return path
-
-
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted(tmp_path, number, expected):
-    source = big_file(tmp_path / "in.gguf", 4 << 30)
+    source = g.big_file(tmp_path / "in.gguf", 4 << 30)
     out = tmp_path / "out.gguf"
     out.write_bytes(b"old")
     command = [sys.executable, "-m", "tools.tbq_quantize", "--pure", source, out, "tbq3_0"]
@@ -676,7 +666,7 @@ def test_interrupted(tmp_path, number, expected):
 
 def test_memory_is_bounded_by_chunks_not_by_the_file(tmp_path):
     """1 GiB in, well under half of that resident; the code alone takes about 200 MiB."""
-    source = big_file(tmp_path / "in.gguf", 1 << 30)
+    source = g.big_file(tmp_path / "in.gguf", 1 << 30)
     # VmHWM, not ru_maxrss: that one starts from what this process held when it forked.
     script = (
         "import sys; from tools.tbq_quantize import main; code = main(sys.argv[1:]);"

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
+import logging
+import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable
-from typing import Any, TextIO
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
 import tbq
 from tbq.errors import BackendError, FileFormatError, InputError, TbqError, ValueOverflowError
 
 from . import stops
 from .streams import Unread, patient_streams
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 OK, FAILED, USAGE, BAD_FILE, NO_BACKEND, INTERRUPTED, UNREAD = 0, 1, 2, 3, 4, 130, 141
 FAULT = 70  # a fault of the program itself, with a traceback; sysexits.h calls it EX_SOFTWARE
@@ -43,33 +49,47 @@ def run(
     where other commands go on.
     """
     stops.forget_what_was_written()
+    speak_in_flags_of(parser)
     parser.add_argument("--version", action="version", version=f"%(prog)s {tbq.__version__}")
     with patient_streams() as stdout:
         args = parser.parse_args(argv) if has_subcommands else parser.parse_intermixed_args(argv)
         stdout.gives_up = lists(args)
         try:
-            with stops.stop_on_signals(parser.prog):
+            with stops.stop_on_signals(parser.prog), compiling_is_said(parser.prog):
                 code = command(args)
                 sys.stdout.flush()
         except Unread:
             return UNREAD
         except Exception as error:
-            message, code = _failure(error)
+            return report_failure(parser.prog, error)
         except (stops.Stopped, KeyboardInterrupt) as stop:
             verb, code = getattr(stop, "verb", "interrupted"), getattr(stop, "code", INTERRUPTED)
             message = f"{verb}; {stops.what_was_written()}"
-        else:
-            return code
-        if message:
-            say(f"{parser.prog}: error: {' '.join(message.split())}", file=sys.stderr)
-        sys.stderr.flush()
+            say_error(parser.prog, message)
         return code
+
+
+def report_failure(prog: str, error: Exception) -> int:
+    """Say what went wrong, with a traceback if it is a fault of ours; returns the exit code."""
+    message, code = _failure(error)
+    if message:
+        say_error(prog, message)
+    return code
+
+
+def say_error(prog: str, message: str) -> None:
+    """Print the one line that every failure has."""
+    say(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.stderr.flush()
 
 
 def _failure(error: Exception) -> tuple[str, int]:
     """Return what to say of an error, and the exit code."""
     if isinstance(error, TbqError):
-        return str(error), _exit_code(error)
+        text = str(error)
+        if isinstance(error, InputError) and error.argument in _flags:
+            text = _flags[error.argument] + text.removeprefix(error.argument)
+        return text, _exit_code(error)
     if isinstance(error, OSError):
         return _os_message(error), BAD_FILE
     if isinstance(error, MemoryError):
@@ -97,9 +117,85 @@ def _shown(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
+# The flags of the program that runs, by what the library calls the same.
+_flags: dict[str, str] = {}
+# What the library tells a caller to use, and a user of a program cannot.
+_PROGRAMS = {
+    "use open_state": "tbq-inspect and tbq-quantize read it",
+    "use open_gguf": "it is a model, not a dump of a cache",
+    "see tbq.formats()": "see tbq-quantize --help",
+    "see tbq.registry.all_formats()": "see tbq-quantize --help",
+}
+_PARAMETER = re.compile(r"(?<![\w-])(allow_\w+(?==?)|\w+(?==))=?(?=[\s,;:.')]|$)")
+
+
+def speak_in_flags_of(parser: argparse.ArgumentParser) -> None:
+    """Have messages name the flags of this program from now on, see `in_flags`."""
+    _flags.clear()
+    _flags.update(_flags_of(parser))
+
+
+def _flags_of(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """Return the long flag of each argument; `trailing` of the library is --keep-trailing."""
+    found: dict[str, str] = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                found |= _flags_of(command)
+        for flag in action.option_strings:
+            if flag.startswith("--"):
+                found.setdefault(action.dest.removeprefix("keep_"), flag)
+    return found
+
+
+def in_flags(text: str) -> str:
+    """Return a message of the library in words of the program: `model=` becomes `--model`."""
+    for said, meant in _PROGRAMS.items():
+        text = text.replace(said, meant)
+    return _PARAMETER.sub(lambda found: _flags.get(found[1], found[0]), text)
+
+
 def say(line: object = "", file: TextIO | None = None) -> None:
-    """Print one line, on stdout unless told otherwise, as `shown` makes it."""
-    print(shown(line), file=file or sys.stdout)
+    """Print one line, on stdout unless told otherwise, in flags and as `shown` makes it."""
+    print(shown(in_flags(str(line))), file=file or sys.stdout)
+
+
+@contextlib.contextmanager
+def compiling_is_said(prog: str) -> Iterator[None]:
+    """Say, where a person sees it, that time goes by because kernels are compiled.
+
+    One line for each format, on stderr if that is a terminal; what programs read stays as it is.
+    """
+    if not sys.stderr.isatty():
+        yield
+        return
+    log, handler = logging.getLogger("tbq.compile"), _Compiling(prog)
+    before = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.setLevel(before[0])
+        log.propagate = before[1]
+        log.removeHandler(handler)
+
+
+class _Compiling(logging.Handler):
+    """Prints each message of the compiler once, above the progress bar if there is one."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__()
+        self._prog = prog
+        self._said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = f"{self._prog}: {record.getMessage()}"
+        if line not in self._said:
+            self._said.add(line)
+            printed = Progress.shown[-1].print if Progress.shown else say
+            printed(line, sys.stderr)
 
 
 def refuse_flags(args: argparse.Namespace, names: Iterable[str], got: str, need: str) -> None:
@@ -107,6 +203,35 @@ def refuse_flags(args: argparse.Namespace, names: Iterable[str], got: str, need:
     for name in names:
         if getattr(args, name):
             raise InputError("--" + name.replace("_", "-"), got, need)
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that have other processes do the work."""
+    where = parser.add_argument_group("work on other processes (needs dask.distributed)")
+    where.add_argument(
+        "--workers", metavar="N", type=int, help="start N processes of one thread each"
+    )
+    where.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="use the workers of a dask scheduler, tcp://HOST:PORT",
+    )
+
+
+@contextlib.contextmanager
+def workers(args: argparse.Namespace) -> Iterator[Client | None]:
+    """Yield a client of the workers that the flags ask for, or None."""
+    if args.workers is None and args.scheduler is None:
+        yield None
+        return
+    if args.workers is not None and args.workers < 1:
+        raise InputError("--workers", str(args.workers), "at least 1")
+    if args.workers is not None and args.scheduler is not None:
+        raise InputError("--scheduler", args.scheduler, "one of --scheduler and --workers")
+    from gguf_io.distributed import connected
+
+    with connected(args.workers, args.scheduler) as client:
+        yield client
 
 
 def _exit_code(error: TbqError) -> int:
@@ -140,7 +265,13 @@ def _finite(value: Any) -> Any:
 
 
 class Progress:
-    """A progress bar on stderr, by default in bytes, if that is a terminal and tqdm is there."""
+    """A progress bar on stderr, by default in bytes, if that is a terminal and tqdm is there.
+
+    Attributes:
+        shown: the bars that are there now, for whoever prints a line meanwhile.
+    """
+
+    shown: ClassVar[list[Progress]] = []
 
     def __init__(self, total: int, description: str, unit: str = "B") -> None:
         self._bar = None
@@ -161,11 +292,13 @@ class Progress:
         if self._bar is None:
             say(line, file)
         else:
-            self._bar.write(shown(line), file=file or sys.stdout)
+            self._bar.write(shown(in_flags(line)), file=file or sys.stdout)
 
     def __enter__(self) -> Progress:
+        self.shown.append(self)
         return self
 
     def __exit__(self, *exc_info) -> None:
+        self.shown.remove(self)
         if self._bar is not None:
             self._bar.close()

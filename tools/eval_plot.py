@@ -6,6 +6,7 @@ import io
 
 from gguf_io import AtomicFiles
 from tbq import BackendError
+from tbq.extras import install_command
 
 LEAST_KLD = 1e-5  # where the logarithmic axis begins
 
@@ -15,7 +16,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        need = "--plot needs it: pip install 'tbq-reference[html]'"
+        need = f"--plot needs it: {install_command('html')}"
         raise BackendError("matplotlib", need) from None
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from tbq.registry import get_dialect
 
+from .columns import number, table
 from .console import say
-from .inspect_text import number, table
 
 if TYPE_CHECKING:
     from gguf_io.evaluation import Run, Task, TokenScores

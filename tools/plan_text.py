@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from .columns import MIB, number, table, wrapped
 from .console import say
 from .inspect_summary import ranges
-from .inspect_text import MIB, number, table, wrapped
 
 GIB = 1 << 30
 

@@ -90,7 +90,7 @@ def report(path: str, architecture: str | None, args: argparse.Namespace, found)
 
 
 def _print(report: dict) -> None:
-    from .inspect_text import table, wrapped
+    from .columns import table, wrapped
     from .plan_text import size
 
     say = console.say

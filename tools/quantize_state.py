@@ -27,6 +27,8 @@ MODEL_FLAGS = (
     "override_kv",
     "include_weights",
     "exclude_weights",
+    "workers",
+    "scheduler",
 )
 
 

@@ -106,6 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--json", action="store_true", help="print one JSON object instead of text")
     add("--threads", metavar="N", type=int, help="worker threads; default: all cores")
+    console.add_workers(parser)
     quantize_arguments.add(parser)
     group = parser.add_argument_group("state files")
     group.add_argument("--type-k", metavar="T", help="type for K; TYPE is for the other side")
@@ -151,6 +152,9 @@ def convert(args: argparse.Namespace) -> int:
     quantize_arguments.name_operands(args)
     if args.threads is not None and args.threads < 1:
         raise InputError("--threads", str(args.threads), "at least 1")
+    if args.threads is not None and (args.workers or args.scheduler):
+        need = "none with --workers or --scheduler: a task has one thread"
+        raise InputError("--threads", str(args.threads), need)
     if is_state_file(args.input):
         from .quantize_state import convert_state
 
@@ -230,11 +234,15 @@ def _write(job: Job, options: Options) -> None:
     from gguf_io.convert import write_model
 
     total = sum(outcome.tensor.n_bytes for outcome in job.results)
-    with console.Progress(total, "quantising") as progress:
-        if job.args.dry_run:
+    if job.args.dry_run:
+        with console.Progress(total, "quantising") as progress:
             for outcome in job.results:
                 announce(job, outcome, progress)
-            return
+        return
+    with (
+        console.workers(job.args) as client,
+        console.Progress(total, "quantising") as progress,
+    ):
         write_model(
             job.file,
             job.results,
@@ -246,6 +254,7 @@ def _write(job: Job, options: Options) -> None:
             keep_split=job.args.keep_split,
             allow_overflow=job.args.allow_overflow,
             threads=job.args.threads,
+            client=client,
             done=lambda outcome: announce(job, outcome, progress),
             advance=progress.advance,
         )

@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +71,7 @@ def _write(folder: Path, cases: Iterable[Case], seed: int, size: str) -> dict:
     put(HEADER, HEADER_SOURCE.read_bytes())
     manifest = {
         "schema": SCHEMA,
-        "generator": {"name": "tbq-vectors", "version": package_version()},
+        "generator": {"name": "tbq-vectors", "version": tbq.__version__},
         "license": LICENSE,
         "endianness": "little",
         "seed": seed,
@@ -84,14 +83,6 @@ def _write(folder: Path, cases: Iterable[Case], seed: int, size: str) -> dict:
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", newline="\n")
     return manifest
-
-
-def package_version() -> str:
-    """Return the version of the installed package."""
-    try:
-        return version("tbq-reference")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _entry(case: Case, roles: dict) -> dict:

@@ -1,5 +1,7 @@
 """AmesianX/TurboQuant, whose CUDA code alone writes these types."""
 
+from typing import Any
+
 from tbq.codec import Codec
 from tbq.dialect import Dialect, Release
 from tbq.families.amesianx import (
@@ -13,7 +15,7 @@ from tbq.families.amesianx import (
     Residual,
     Transform,
 )
-from tbq.format import Format
+from tbq.format import Format, Side
 
 NAME = "amesianx"
 SOURCE = "AmesianX/TurboQuant @ {}: ggml/src/ggml-cuda/set-rows.cu"
@@ -27,12 +29,12 @@ DECODED = "The fork's CPU code decodes it."
 
 
 def _format(
-    name: str, codec: Codec, side: str, notes: str, commit: str = NEWEST, **fields
+    name: str, codec: Codec, side: Side, notes: str, commit: str = NEWEST, **fields: Any
 ) -> Format:
     return Format(NAME, name, codec, side, SOURCE.format(commit), notes=notes, **fields)
 
 
-def _cells(name: str, width: int, projected: bool = False, **fields) -> HadamardCells:
+def _cells(name: str, width: int, projected: bool = False, **fields: Any) -> HadamardCells:
     """Return the codec of tbqN or tbqpN for heads of so many values."""
     bits, residual = int(name[-1]), None
     if name.startswith("tbqp"):  # a bit goes to the residual's sign
@@ -45,7 +47,7 @@ def _wide(name: str) -> HadamardCells:
     return _cells(name, 512, projected=True, measured="rms")
 
 
-def _side(name: str) -> str:
+def _side(name: str) -> Side:
     """Return K for tbqp, for which the fork takes tbq on the side of V."""
     return "K" if name.startswith("tbqp") else "KV"
 

@@ -1,5 +1,7 @@
 """spiritbuun/buun-llama-cpp: its CUDA code, and its CPU code, which writes other bytes."""
 
+from typing import Any
+
 from tbq.codec import Codec
 from tbq.dialect import Dialect, Release, StateTraits
 from tbq.families.tcq import TrellisCoded
@@ -18,7 +20,7 @@ TAP = (
 )
 
 
-def _format(name: str, codec: Codec, source: str, notes: str, **fields) -> Format:
+def _format(name: str, codec: Codec, source: str, notes: str, **fields: Any) -> Format:
     return Format(CUDA, name, codec, "KV", SOURCE + source, notes=notes, **fields)
 
 
@@ -62,7 +64,7 @@ def _tcq(
 ) -> Format:
     """Return a trellis format by the date of its tables: of both sides, or one for each."""
     date, shared = dates.removesuffix("*"), dates.endswith("*")
-    fields: dict = {"release": release, "takes_mean": tap, "evidence": evidence}
+    fields: dict[str, Any] = {"release": release, "takes_mean": tap, "evidence": evidence}
     if shared:
         codec = TrellisCoded(bits, f"turbo{bits}_tcq.kv.{date}")
     else:

@@ -1,5 +1,7 @@
 """Excidos' types, as the CPU code of a derivative of pull request 21089 writes them."""
 
+from typing import Literal
+
 from tbq.dialect import Dialect, Release
 from tbq.families.planar import CELLS, RotatedParts
 from tbq.families.turbo import FOUR, OverwrittenCodes, RotatedCells
@@ -9,7 +11,7 @@ CPU = "excidos-cpu"
 SOURCE = "jzh20042003/llama.cpp-turboq-mtp @ 10d7ff4f6"
 
 
-def _parts(kind: str, bits: int) -> Format:
+def _parts(kind: Literal["planar", "iso"], bits: int) -> Format:
     return Format(
         dialect=CPU,
         name=f"{kind}{bits}_0",

@@ -4,6 +4,8 @@ What a CPU's KV cache and llama-quantize write is ggml's `_ref` but for two type
 are dialects of their own, because the same name and id means other bytes.
 """
 
+from typing import Any
+
 from tbq.codec import Codec
 from tbq.dialect import Dialect, GraphRotation, Release
 from tbq.families.ggml import ThroughGguf
@@ -39,7 +41,7 @@ def _k_quant(name: str, codec: WithMinimum | WithSign) -> Format:
     return _own(name, codec, notes)
 
 
-def _own(name: str, codec: Codec, notes: str, at: str = SPRING, **fields) -> Format:
+def _own(name: str, codec: Codec, notes: str, at: str = SPRING, **fields: Any) -> Format:
     return Format(GGML, name, codec, "KV", f"{at}: {QUANTS}", notes=notes, **fields)
 
 

@@ -1,5 +1,7 @@
 """LL4nc33/llama-tq, and the same types as its CUDA code writes them."""
 
+from typing import Any
+
 from tbq.codec import Codec
 from tbq.dialect import Dialect, GraphRotation, Release, StateTraits
 from tbq.families.ktq import BorrowedCodes, SignedBlocks
@@ -12,11 +14,11 @@ SOURCE = "LL4nc33/llama-tq @ 0f57a4ee6: ggml/src/"
 ROTATED = "The graph rotates 64 values at a time before and after; the block does not."
 
 
-def _k(name: str, codec: Codec, file: str, notes: str, dialect: str = CPU, **fields) -> Format:
+def _k(name: str, codec: Codec, file: str, notes: str, dialect: str = CPU, **fields: Any) -> Format:
     return Format(dialect, name, codec, "K", SOURCE + file, notes=notes, **fields)
 
 
-def _v(name: str, codec: Codec, file: str, notes: str, dialect: str = CPU, **fields) -> Format:
+def _v(name: str, codec: Codec, file: str, notes: str, dialect: str = CPU, **fields: Any) -> Format:
     return Format(dialect, name, codec, "V", SOURCE + file, notes=notes, **fields)
 
 

@@ -1,5 +1,7 @@
 """TheTom/llama-cpp-turboquant: its CUDA code, and its CPU code, which adds in another order."""
 
+from typing import Any
+
 from tbq.codec import Codec
 from tbq.dialect import Dialect, Release, StateTraits
 from tbq.families.turbo import (
@@ -23,7 +25,7 @@ ROTATED = "Decodes to rotated values; the graph rotates Q, and the output back."
 TABLES = "The arithmetic is that of 69d8e4be4, the tables those of copies of pull request 197."
 
 
-def _format(dialect: str, name: str, codec: Codec, notes: str = "", **fields) -> Format:
+def _format(dialect: str, name: str, codec: Codec, notes: str = "", **fields: Any) -> Format:
     notes = f"{ROTATED} {notes}".strip()
     return Format(dialect, name, codec, "KV", MAY + FILES[dialect], notes=notes, **fields)
 
@@ -62,7 +64,7 @@ TURBO2_MARCH = _march("turbo2", RotatedCells(TWO, 32))
 TURBO3_MARCH = _march("turbo3", RotatedCells(THREE, 32))
 
 
-def _release(name: str, ids: dict[int, str], formats: dict[str, Format], **fields) -> Release:
+def _release(name: str, ids: dict[int, str], formats: dict[str, Format], **fields: Any) -> Release:
     return Release(name, {type_id: formats[key] for type_id, key in ids.items()}, **fields)
 
 

@@ -1,5 +1,6 @@
 """tq3_0: unixsysdev's, and what animehacker made of it under the same name and number."""
 
+from tbq.cells import Cells
 from tbq.dialect import Dialect, Release
 from tbq.families.tq3 import EIGHT, FOUR, PeakCells
 from tbq.format import Format
@@ -8,7 +9,7 @@ FIRST, SECOND = "unixsysdev", "animehacker"
 ALIKE = "The other tq3_0 has the same name, number and size, and nothing in a file says which."
 
 
-def _format(dialect: str, cells, source: str, notes: str) -> Format:
+def _format(dialect: str, cells: Cells, source: str, notes: str) -> Format:
     return Format(dialect, "tq3_0", PeakCells(cells), "KV", source, notes=f"{notes} {ALIKE}")
 
 

@@ -6,16 +6,17 @@ value4 (turboquant_4bit_nc), key3 and value4 (turboquant_k3v4_nc), key3 and valu
 lays a page out in planes.
 """
 
+from tbq.codec import Codec
 from tbq.dialect import Dialect, Release
 from tbq.families.vllm import CELLS, StepValues, UnitKeys
-from tbq.format import Format
+from tbq.format import Format, Side
 
 NAME = "vllm"
 SOURCE = "vllm-project/vllm @ 0135d081: triton_turboquant_store.py"
 UNKNOWN = "Nothing of it was run. The order of sums is not known"
 
 
-def _format(name: str, codec, side: str, notes: str) -> Format:
+def _format(name: str, codec: Codec, side: Side, notes: str) -> Format:
     return Format(NAME, name, codec, side, SOURCE, evidence="read", notes=notes)
 
 

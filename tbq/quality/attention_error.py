@@ -8,6 +8,7 @@ still, so the numbers rank types and layers; they do not predict a model's perpl
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ class AttentionError:
     kl: float
     output_error: float | None
 
-    def report(self) -> dict:
+    def report(self) -> dict[str, Any]:
         """Return the numbers for the JSON report."""
         return {"logit_rmse": self.logit_rmse, "kl": self.kl, "output_error": self.output_error}
 
@@ -110,6 +111,7 @@ class ExactAttention:
                 divergence += _kl(log_exact, log_other)
             if self.outputs is not None:
                 values = self.v if v is None else v
+                assert values is not None, "outputs are those of values"
                 sums = np.exp(log_other) @ values[:, head // self.shared]
                 difference = sums - self.outputs[head]
                 wrong += float((difference.astype(np.float64) ** 2).sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.special import ndtr
@@ -37,7 +38,7 @@ class HeadStatistics:
     kurtosis_rotated: float | None
     marginal_distance: float
 
-    def report(self, with_channels: bool) -> dict:
+    def report(self, with_channels: bool) -> dict[str, Any]:
         """Return the numbers for the JSON report, those of each channel if wanted."""
         return {
             "norm_mean": self.norm_mean,

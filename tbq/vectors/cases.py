@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -88,9 +89,15 @@ class Case:
     output: str
     expected: np.ndarray
     taps: dict[str, np.ndarray] = field(default_factory=dict)
-    match: dict = field(default_factory=lambda: {"mode": "exact"})
+    match: dict[str, Any] = field(default_factory=lambda: {"mode": "exact"})
     mask: np.ndarray | None = None
     rotation: str | None = None
+
+    @property
+    def fmt(self) -> Format:
+        """The format, of a case that is of one."""
+        assert self.format is not None, self.id
+        return self.format
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
@@ -125,7 +132,7 @@ def case_id(fmt: Format, op: str, name: str) -> str:
 
 
 def _sibling(fmt: Format, shape: tuple[int, ...], bits: np.random.PCG64) -> np.ndarray:
-    return tbq.quantize(gaussian(bits, *shape), fmt.sibling)
+    return tbq.quantize(gaussian(bits, *shape), fmt.sibling or fmt)
 
 
 def _words(fmt: Format, text: str) -> str:
@@ -167,7 +174,7 @@ def group_index(codec: Codec, x: np.ndarray) -> np.ndarray:
 
 def stages_of(case: Case) -> Stages:
     """Return what the encoder computes on its way to the expected result."""
-    codec, x = case.format.codec, case.inputs["x"]
+    codec, x = case.fmt.codec, case.inputs["x"]
     flat = np.ascontiguousarray(x.reshape(-1, codec.group_values))
     blocks = as_blocks(codec, bodies(codec, case.expected))
     return codec.stages(flat, group_index(codec, x), blocks)
@@ -175,7 +182,7 @@ def stages_of(case: Case) -> Stages:
 
 def _add_stages(case: Case) -> None:
     """Add the stages to a case, and the bits that rounding may change."""
-    codec, x = case.format.codec, case.inputs["x"]
+    codec, x = case.fmt.codec, case.inputs["x"]
     raw = bodies(codec, case.expected)
     stages = stages_of(case)
     if x.shape[-1] <= TAPPED_VALUES:
@@ -233,7 +240,7 @@ def boundary_ulps(codec: Codec, coordinates: dict[str, np.ndarray]) -> dict[str,
     wide = {kind: r.astype(np.float64) for kind, r in coordinates.items()}
     with np.errstate(all="ignore"):
         squares = [(r**2).mean(axis=1, keepdims=True) for r in wide.values()]
-        unit = ULP * np.sqrt(np.max(squares, axis=0)) if squares else None
+        unit = ULP * np.sqrt(np.max(squares, axis=0)) if squares else np.zeros(())
     return {
         kind: _ulps(edges_of(codec, kind), r, unit)
         for kind, r in wide.items()
@@ -250,7 +257,7 @@ def _ulps(edges: np.ndarray, r: np.ndarray, unit: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(unit), ulps, np.inf)
 
 
-def _near_boundaries(codec: Codec, x: np.ndarray, coordinates: dict) -> np.ndarray:
+def _near_boundaries(codec: Codec, x: np.ndarray, coordinates: dict[str, Any]) -> np.ndarray:
     """Tell which values x (groups, values) have a code of any kind that rounding decides.
 
     A coordinate exactly on a boundary is a tie that every kernel must decide in the same way if no
@@ -273,7 +280,9 @@ def loose_scales(scale: np.ndarray, kind: np.dtype) -> np.ndarray:
     return ((_changed_bits(scale, kind) != 0) & np.isfinite(scale)) | np.isnan(scale)
 
 
-def _mask(codec: Codec, near: np.ndarray, loose: dict, scales: dict) -> np.ndarray:
+def _mask(
+    codec: Codec, near: np.ndarray, loose: dict[str, Any], scales: dict[str, Any]
+) -> np.ndarray:
     """Return the bits that rounding may change, uint8 (blocks, bytes).
 
     If a value is near a boundary, its codes of all kinds are free, and so are the scales of its
@@ -346,7 +355,7 @@ def _dequantize(fmt: Format, seed: int, size: str) -> Iterator[Case]:
         yield case
 
 
-def _nmse(op: str, group: int) -> dict:
+def _nmse(op: str, group: int) -> dict[str, Any]:
     """Return the rule: squared error over squared values, in each run of `group` values."""
     limit, reason = NMSE[op]
     return {"mode": "nmse", "max": limit, "group": group, "reason": reason}
@@ -460,7 +469,7 @@ def _rotations(seed: int) -> Iterator[Case]:
             x[0, 0] = 0
             x[0, 0, 5] = 1
             y = tbq.rotation(kind, head_dim).forward(x)
-            flags = ("graph_rotation", "one_hot")
+            flags: tuple[str, ...] = ("graph_rotation", "one_hot")
             if head_dim in HEAD_DIMS:
                 flags += (f"head_dim_{head_dim}",)
             comment = f"4 rows of 2 heads of {head_dim}; the first head is a unit vector"

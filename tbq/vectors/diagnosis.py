@@ -142,7 +142,7 @@ class _Measured:
             relevant = (a != e).any(axis=1) | (p != e).any(axis=1)
             agree = (a == p).all(axis=1)
             close = relevant & ~agree
-            agree[close] = _same_blocks(self.case.format.codec, a[close], p[close], e[close])
+            agree[close] = _same_blocks(self.case.fmt.codec, a[close], p[close], e[close])
         else:
             limit = self.case.match["max"]
             relevant = ~(self.error <= limit) | ~(group_nmse(p, e) <= limit)

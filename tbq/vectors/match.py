@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +35,7 @@ class Comparison:
     verdict: str
     detail: str = ""
     bad_groups: np.ndarray = field(default_factory=lambda: np.empty(0, int))
-    worst: dict | None = None
+    worst: dict[str, Any] | None = None
 
 
 def compare(case: Case, actual: np.ndarray) -> Comparison:
@@ -53,9 +54,9 @@ def groups(case: Case, array: np.ndarray) -> np.ndarray:
     """
     if case.expected.dtype != np.uint8:
         return np.ascontiguousarray(array).reshape(-1, case.match["group"])
-    raw = bodies(case.format.codec, array.reshape(case.expected.shape))
-    for name in case.format.layout.unwritten:
-        raw[:, case.format.layout.span(name)] = 0
+    raw = bodies(case.fmt.codec, array.reshape(case.expected.shape))
+    for name in case.fmt.layout.unwritten:
+        raw[:, case.fmt.layout.span(name)] = 0
     return raw
 
 
@@ -65,8 +66,8 @@ def decode(case: Case, packed: np.ndarray, original: bool = False) -> np.ndarray
     If `original`, the values are in the domain that the encoder takes.
     """
     if "sibling" in case.inputs:
-        return tbq.dequantize_paired(packed, case.inputs["sibling"], case.format)
-    return tbq.dequantize(packed, case.format, original=original)
+        return tbq.dequantize_paired(packed, case.inputs["sibling"], case.fmt)
+    return tbq.dequantize(packed, case.fmt, original=original)
 
 
 def code_changes(codec: Codec, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -86,6 +87,7 @@ def _compare_bytes(case: Case, actual: np.ndarray) -> Comparison:
         return Comparison(case, actual, EXACT)
     mode = case.match["mode"]
     if mode == "boundary":
+        assert case.mask is not None, case.id
         different &= ~groups(case, case.mask)
     headers, changed = _changed(case, different)
     bad = np.flatnonzero(changed & ~_as_good(case, actual) if mode == "cost" else changed)
@@ -125,14 +127,14 @@ def _wrong_bytes(
 
 def _changed(case: Case, different: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows of which what they hold once differs, and which blocks do besides."""
-    head = case.format.layout.header_bytes
+    head = case.fmt.layout.header_bytes
     rows = case.expected.size // case.expected.shape[-1]
     headers = different[:, :head].reshape(rows, -1).any(axis=1)
-    return np.flatnonzero(headers), different[:, head:].any(axis=1)
+    return np.flatnonzero(headers), np.asarray(different[:, head:].any(axis=1))
 
 
 def _boundary_detail(case: Case, a: np.ndarray, e: np.ndarray) -> str:
-    codec = case.format.codec
+    codec = case.fmt.codec
     changed = (a != e).any(axis=1)
     moved = code_changes(codec, a, e)
     positions = [tuple(p) for p in case.match["positions"] if moved[tuple(p)]]
@@ -151,7 +153,7 @@ def _boundary_detail(case: Case, a: np.ndarray, e: np.ndarray) -> str:
 
 def _as_good(case: Case, actual: np.ndarray) -> np.ndarray:
     """Tell which blocks belong to groups that decode no worse than the expected ones."""
-    codec = case.format.codec
+    codec = case.fmt.codec
     errors = [costs(case, packed) for packed in (actual, case.expected)]
     with np.errstate(all="ignore"):
         good = errors[0] <= errors[1] * (1 + case.match["max"])
@@ -162,12 +164,12 @@ def _as_good(case: Case, actual: np.ndarray) -> np.ndarray:
 def _has_nan_scale(codec: Codec, packed: np.ndarray) -> np.ndarray:
     blocks = as_blocks(codec, bodies(codec, packed))
     scales = [np.isnan(blocks[name]).reshape(len(blocks), -1) for name in codec.layout.scales]
-    return np.concatenate(scales, axis=1).any(axis=1)
+    return np.asarray(np.concatenate(scales, axis=1).any(axis=1))
 
 
 def costs(case: Case, packed: np.ndarray) -> np.ndarray:
     """Return the squared errors of the groups of an output; infinity if they do not decode."""
-    x = case.inputs["x"].reshape(-1, case.format.group_values).astype(np.float64)
+    x = case.inputs["x"].reshape(-1, case.fmt.group_values).astype(np.float64)
     try:
         y = decode(case, packed, original=True).reshape(x.shape)
     except TbqError:

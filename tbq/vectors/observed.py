@@ -74,7 +74,7 @@ def _constant_ratios(c: Comparison, a: np.ndarray, e: np.ndarray) -> np.ndarray:
 
 def _scale_ratios(c: Comparison, a: np.ndarray, e: np.ndarray) -> np.ndarray:
     """Return the ratio of scales that differ, in blocks that are the same in all else; or NaN."""
-    codec = c.case.format.codec
+    codec = c.case.fmt.codec
     rest, scales = np.ones(a.shape[1], bool), codec.layout.scales
     for name in scales:
         rest[codec.layout.span(name)] = False
@@ -101,7 +101,7 @@ def _filled(ratios: np.ndarray) -> np.ndarray:
 def _known_constant(constant: float, case: Case) -> str:
     sizes = set(WIDTHS)
     if case.format is not None:
-        codec = case.format.codec
+        codec = case.fmt.codec
         sizes |= {codec.block_values, codec.group_values, codec.rotation_values}
     for n in sorted(sizes):
         roots = (np.sqrt(n), f"sqrt({n})"), (1 / np.sqrt(n), f"1/sqrt({n})")
@@ -118,7 +118,7 @@ def _right_elements(c: Comparison) -> np.ndarray:
     """Tell which elements of each group are right, (groups, elements)."""
     a, e = groups(c.case, c.actual), groups(c.case, c.case.expected)
     if a.dtype == np.uint8:
-        return ~code_changes(c.case.format.codec, a, e) if _has_elements(c.case) else a == e
+        return ~code_changes(c.case.fmt.codec, a, e) if _has_elements(c.case) else a == e
     with np.errstate(all="ignore"):
         rms = np.sqrt((e.astype(np.float64) ** 2).mean(axis=1, keepdims=True))
         return (
@@ -132,7 +132,7 @@ def _has_elements(case: Case) -> bool:
     """Tell whether the output consists of values or codes, not only of scales."""
     if case.expected.dtype != np.uint8:
         return True
-    return bool(codes_of(case.format.codec, bodies(case.format.codec, case.expected)))
+    return bool(codes_of(case.fmt.codec, bodies(case.fmt.codec, case.expected)))
 
 
 def _usable(evidence: Sequence[Comparison]) -> list[Comparison]:
@@ -183,7 +183,7 @@ def _another_tie_rule(evidence: Sequence[Comparison]) -> Found:
     """Codes that differ only where a coordinate is on a boundary."""
     at_ties = elsewhere = explained = bad = 0
     for c in evidence:
-        if c.case.op != "quantize" or not c.case.format.codec.boundaries:
+        if c.case.op != "quantize" or not c.case.fmt.codec.boundaries:
             return
         differs = ~_right_elements(c)
         tied = _tied(c.case).reshape(differs.shape)
@@ -207,11 +207,11 @@ def _worse_walk(evidence: Sequence[Comparison]) -> Found:
 def _one_start(evidence: Sequence[Comparison]) -> Found:
     """The same, where all walks start in one state."""
     ratio = _error_ratios(evidence)
-    state = evidence[0].case.format.layout.state if len(ratio) else None
+    state = evidence[0].case.fmt.layout.state if len(ratio) else None
     if not state:
         return
     starts = [
-        as_blocks(c.case.format.codec, groups(c.case, array)[c.bad_groups])[state]
+        as_blocks(c.case.fmt.codec, groups(c.case, array)[c.bad_groups])[state]
         for c in evidence
         for array in (c.actual, c.case.expected)
     ]
@@ -224,7 +224,7 @@ def _one_start(evidence: Sequence[Comparison]) -> Found:
 
 def _error_ratios(evidence: Sequence[Comparison]) -> np.ndarray:
     """Return by how much the walks of wrong blocks are worse, where that can be told."""
-    if any(c.case.op != "quantize" or not c.case.format.codec.searches for c in evidence):
+    if any(c.case.op != "quantize" or not c.case.fmt.codec.searches for c in evidence):
         return np.empty(0)
     with np.errstate(all="ignore"):
         ratio = np.concatenate(
@@ -238,7 +238,7 @@ def _error_ratios(evidence: Sequence[Comparison]) -> np.ndarray:
 
 def _tied(case: Case) -> np.ndarray:
     """Tell which values (groups, values) have a coordinate on a boundary."""
-    codec = case.format.codec
+    codec = case.fmt.codec
     tied = np.zeros((case.inputs["x"].size // codec.group_values, codec.group_values), bool)
     for kind, r in stages_of(case).coordinates.items():
         if kind in codec.boundaries:
@@ -301,7 +301,7 @@ def _stochastic(evidence: Sequence[Comparison]) -> Found:
     for c in _usable(evidence):
         if c.case.op != "quantize" or not _has_elements(c.case):
             return
-        codec = c.case.format.codec
+        codec = c.case.fmt.codec
         a, e = (groups(c.case, x)[c.bad_groups] for x in (c.actual, c.case.expected))
         finite = _finite_scales(c, e)
         x, y = (next(iter(codes_of(codec, raw[finite]).values())).astype(int) for raw in (a, e))
@@ -318,9 +318,9 @@ def _stochastic(evidence: Sequence[Comparison]) -> Found:
 
 
 def _finite_scales(c: Comparison, raw: np.ndarray) -> np.ndarray:
-    blocks = as_blocks(c.case.format.codec, raw)
+    blocks = as_blocks(c.case.fmt.codec, raw)
     finite = np.ones(len(raw), bool)
-    for name in c.case.format.layout.scales:
+    for name in c.case.fmt.layout.scales:
         finite &= np.isfinite(blocks[name]).reshape(len(raw), -1).all(axis=1)
     return finite
 

@@ -12,8 +12,8 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache, lru_cache
-from typing import NamedTuple
+from functools import cache, lru_cache, partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -82,8 +82,8 @@ def _packs(case: Case) -> bool:
 
 def _encode(case: Case, x: np.ndarray) -> np.ndarray:
     if "sibling" in case.inputs:
-        return tbq.quantize_paired(x, case.inputs["sibling"], case.format)
-    return tbq.quantize(np.ascontiguousarray(x), case.format)
+        return tbq.quantize_paired(x, case.inputs["sibling"], case.fmt)
+    return tbq.quantize(np.ascontiguousarray(x), case.fmt)
 
 
 def _from_rows(case: Case, y: np.ndarray) -> np.ndarray:
@@ -99,8 +99,8 @@ def _from_rows(case: Case, y: np.ndarray) -> np.ndarray:
 def _decoded(case: Case, packed: np.ndarray) -> np.ndarray | None:
     """Return the output for other packed rows; None if they do not decode."""
     with suppress(TbqError):
-        if _by_levels(case.format.codec, case.op):
-            return _from_rows(case, _rows(case.format.codec, packed, case.op))
+        if _by_levels(case.fmt.codec, case.op):
+            return _from_rows(case, _rows(case.fmt.codec, packed, case.op))
         return _from_rows(case, decode(case, packed))
     return None
 
@@ -128,7 +128,7 @@ def _rows(codec: Codec, packed: np.ndarray, op: str) -> np.ndarray:
 
 def _repacked(case: Case, change: Change) -> np.ndarray | None:
     """Return the output with changed blocks: encoded ones changed, or packed ones misread."""
-    codec = case.format.codec
+    codec = case.fmt.codec
     packed = case.expected if _encodes(case) else case.inputs["packed"]
     changed = with_bodies(codec, packed, change(bodies(codec, packed)))
     return changed if _encodes(case) else _decoded(case, changed)
@@ -138,7 +138,7 @@ def _divides(codec: Codec, case: Case) -> bool:
     """Tell whether the groups of a codec divide the rows of a case."""
     if _encodes(case):
         return case.inputs["x"].shape[-1] % codec.group_values == 0
-    return case.format.row_values(case.inputs["packed"].shape[-1]) % codec.group_values == 0
+    return case.fmt.row_values(case.inputs["packed"].shape[-1]) % codec.group_values == 0
 
 
 def _by(codec: Codec, case: Case) -> np.ndarray | None:
@@ -161,12 +161,12 @@ def _some(bug: str, detail: str, output: np.ndarray | None) -> Iterator[Predicti
 
 
 def _mutants(case: Case) -> Iterator[Prediction]:
-    if not _packs(case) or case.format.sibling:
+    if not _packs(case) or case.fmt.sibling:
         return
-    for bug, detail, codec in case.format.codec.mutants():
+    for bug, detail, codec in case.fmt.codec.mutants():
         output = _by(codec, case)
         yield from _some(bug, detail, output)
-        signs = case.format.layout.signs
+        signs = case.fmt.layout.signs
         if bug == "sign diagonal missing" and _encodes(case) and output is not None and signs:
             for stored, byte in (("stored as zeros", 0), ("stored as ones", 0xFF)):
                 raw = bodies(codec, output)
@@ -176,7 +176,7 @@ def _mutants(case: Case) -> Iterator[Prediction]:
 
 def _as_another_dialect(case: Case) -> Iterator[Prediction]:
     fmt = case.format
-    if not _packs(case) or fmt.sibling:
+    if fmt is None or not _packs(case) or fmt.sibling:
         return
     others = (variant for other in tbq.formats() for variant in other.variants())
     for other in others:
@@ -195,9 +195,11 @@ def _as_another_dialect(case: Case) -> Iterator[Prediction]:
 
 def _another_codebook(case: Case) -> Iterator[Prediction]:
     """The cells of other formats, of as many bits and about as large."""
-    codec = case.format.codec if _packs(case) and not case.format.sibling else None
+    codec = case.fmt.codec if _packs(case) and not case.fmt.sibling else None
     own = _cells(codec)
-    for cells, owner in all_cells().items() if own else ():
+    if codec is None or own is None:
+        return
+    for cells, owner in all_cells().items():
         size = cells.centroids[-1] / own.centroids[-1]
         alike = cells.bits == own.bits and 1 / MOST_SIZE < size < MOST_SIZE
         if alike and cells.centroids != own.centroids:
@@ -215,7 +217,7 @@ def _cells(codec: Codec | None) -> Cells | None:
     return None
 
 
-def _with_cells(codec: Codec, cells: Cells) -> Codec:
+def _with_cells(codec: Any, cells: Cells) -> Any:
     """Return a codec with other cells, in it or in the codec within it."""
     changes: dict[str, Cells | Codec] = {}
     for name in codec.__dataclass_fields__:
@@ -241,9 +243,9 @@ def all_cells() -> dict[Cells, str]:
 
 def _norm_not_corrected(case: Case) -> Iterator[Prediction]:
     """The norm for a scale; codecs that can be told so have a mutant for it."""
-    if not _packs(case) or not _encodes(case) or not case.format.layout.scales:
+    if not _packs(case) or not _encodes(case) or not case.fmt.layout.scales:
         return
-    codec, norm = case.format.codec, stages_of(case).norm
+    codec, norm = case.fmt.codec, stages_of(case).norm
     if any(bug == "norm not corrected" for bug, *_ in codec.mutants()):
         return
 
@@ -259,9 +261,9 @@ def _norm_not_corrected(case: Case) -> Iterator[Prediction]:
 
 def _transform_scaled(case: Case) -> Iterator[Prediction]:
     """Coordinates without the constant of their transform, or with it twice, under right cells."""
-    if not _packs(case) or not _encodes(case) or case.format.sibling:
+    if not _packs(case) or not _encodes(case) or case.fmt.sibling:
         return
-    codec, boundaries = case.format.codec, case.format.codec.boundaries
+    codec, boundaries = case.fmt.codec, case.fmt.codec.boundaries
     if "codes" not in boundaries or "codes" not in bit_layout(codec):
         return
     stages, raw = stages_of(case), bodies(codec, case.expected)
@@ -312,9 +314,9 @@ def _with_norm(codec: Codec, raw: np.ndarray, norm: np.ndarray) -> np.ndarray:
 
 def _lanes_not_read(case: Case) -> Iterator[Prediction]:
     """Half of the lanes left out before the transform: of the input, or of the levels."""
-    if not _packs(case) or case.format.sibling:
+    if not _packs(case) or case.fmt.sibling:
         return
-    codec = case.format.codec
+    codec = case.fmt.codec
     for lanes, every in _halves(codec):
         detail = f"half of every {every} missing"
         if _encodes(case):
@@ -342,7 +344,7 @@ def _another_block_index(case: Case) -> Iterator[Prediction]:
     """An encoder that counts otherwise, or a decoder that computes the signs anew."""
     if not _packs(case):
         return
-    codec, signs = case.format.codec, case.format.layout.signs
+    codec, signs = case.fmt.codec, case.fmt.layout.signs
     if codec.position == "none" or codec.searches or not (_encodes(case) or signs):
         return
     packed = case.expected if _encodes(case) else case.inputs["packed"]
@@ -356,11 +358,12 @@ def _another_block_index(case: Case) -> Iterator[Prediction]:
                 raw = codec.quantize(x, index).view(np.uint8)
                 yield Prediction("another block index", name, with_bodies(codec, packed, raw))
             continue
+        assert signs is not None, "a decoder was asked for only if the block has signs"
         ones = np.ones((len(index), codec.group_values), np.float32)
         computed = (
             codec.quantize(ones, index).view(np.uint8).reshape(-1, codec.layout.dtype.itemsize)
         )
-        output = _repacked(case, lambda raw, new=computed: _with_field(codec, raw, new, signs))
+        output = _repacked(case, partial(_with_field, codec, computed, signs))
         yield from _some("another block index", f"{name}, signs recomputed", output)
 
 
@@ -369,7 +372,7 @@ def _index(position: str, rows: int, row_groups: int) -> np.ndarray:
     return {"tensor": flat, "row": flat % row_groups, "cell": flat // row_groups}[position]
 
 
-def _with_field(codec: Codec, raw: np.ndarray, other: np.ndarray, name: str) -> np.ndarray:
+def _with_field(codec: Codec, other: np.ndarray, name: str, raw: np.ndarray) -> np.ndarray:
     """Return blocks uint8 (n, bytes) with one field from others."""
     raw[:, codec.layout.span(name)] = other[:, codec.layout.span(name)]
     return raw
@@ -380,27 +383,27 @@ def _with_field(codec: Codec, raw: np.ndarray, other: np.ndarray, name: str) -> 
 
 def _nibbles_swapped(case: Case) -> Iterator[Prediction]:
     for detail, spans in _code_spans(case, lambda width: width == 4):
-        output = _repacked(case, lambda raw, s=spans: _mapped(raw, s, lambda b: b >> 4 | b << 4))
+        output = _repacked(case, partial(_mapped, spans, lambda b: b >> 4 | b << 4))
         yield from _some("nibbles swapped", detail, output)
 
 
 def _bit_order_reversed(case: Case) -> Iterator[Prediction]:
     bug = "bit order reversed"
     for detail, spans in _code_spans(case, lambda width: width > 0):
-        output = _repacked(case, lambda raw, s=spans: _mapped(raw, s, _reversed_bits))
+        output = _repacked(case, partial(_mapped, spans, _reversed_bits))
         yield from _some(bug, f"in each byte{detail and ' of '}{detail}", output)
     for kind in _code_kinds(case):
-        if bit_layout(case.format.codec)[kind].counts.max() > 2:
+        if bit_layout(case.fmt.codec)[kind].counts.max() > 2:
             output = _recoded(case, kind, _reversed_codes)
             yield from _some(bug, f"in each code{_of(case, kind)}", output)
     for detail, spans in _code_spans(case, lambda width: width == 2):
-        output = _repacked(case, lambda raw, s=spans: _mapped(raw, s, _reversed_pairs))
+        output = _repacked(case, partial(_mapped, spans, _reversed_pairs))
         yield from _some(bug, f"codes in each byte{detail and ' of '}{detail}", output)
 
 
 def _codes_off_by_one(case: Case) -> Iterator[Prediction]:
     for kind, step in itertools.product(_code_kinds(case), (1, -1)):
-        if _is_sign(case.format.codec, kind):
+        if _is_sign(case.fmt.codec, kind):
             continue
         clamped = _recoded(case, kind, lambda c, n, s=step: np.clip(c + s, 0, n - 1))
         wrapping = _recoded(case, kind, lambda c, n, s=step: (c + s) % n)
@@ -411,7 +414,7 @@ def _codes_off_by_one(case: Case) -> Iterator[Prediction]:
 def _residual_signs(case: Case) -> Iterator[Prediction]:
     """Signs beside other codes that are not computed, not looked at, or the other way round."""
     for kind in _code_kinds(case):
-        if _is_sign(case.format.codec, kind):
+        if _is_sign(case.fmt.codec, kind):
             for sign, change in ("zeros", np.zeros_like), ("ones", np.ones_like):
                 output = _recoded(case, kind, lambda c, n, f=change: f(c))
                 yield from _some("residual signs ignored", f"all {sign}", output)
@@ -429,7 +432,7 @@ def _code_spans(case: Case, wanted: Callable[[int], bool]) -> Iterator[tuple[str
     """Yield the fields whose codes have a wanted width: all at once, and each where several are."""
     if not _packs(case):
         return
-    codec = case.format.codec
+    codec = case.fmt.codec
     names = [name for name in codec.layout.codes if wanted(field_width(codec, name))]
     if names:
         yield "", [codec.layout.span(name) for name in names]
@@ -437,7 +440,7 @@ def _code_spans(case: Case, wanted: Callable[[int], bool]) -> Iterator[tuple[str
         yield name, [codec.layout.span(name)]
 
 
-def _mapped(raw: np.ndarray, spans: list[slice], change: Change) -> np.ndarray:
+def _mapped(spans: list[slice], change: Change, raw: np.ndarray) -> np.ndarray:
     for span in spans:
         raw[:, span] = change(raw[:, span])
     return raw
@@ -448,12 +451,13 @@ def _reversed_bits(raw: np.ndarray) -> np.ndarray:
 
 
 def _reversed_pairs(raw: np.ndarray) -> np.ndarray:
-    return sum(((raw >> 2 * i) & 3) << (6 - 2 * i) for i in range(4)).astype(np.uint8)
+    pairs = [((raw >> 2 * i) & 3) << (6 - 2 * i) for i in range(4)]
+    return (pairs[0] | pairs[1] | pairs[2] | pairs[3]).astype(np.uint8)
 
 
 def _code_kinds(case: Case) -> tuple[str, ...]:
     """Return the kinds of codes of which it is known where their bits are."""
-    return tuple(bit_layout(case.format.codec)) if _packs(case) else ()
+    return tuple(bit_layout(case.fmt.codec)) if _packs(case) else ()
 
 
 def _of(case: Case, kind: str) -> str:
@@ -461,9 +465,9 @@ def _of(case: Case, kind: str) -> str:
     return f" of {kind}" if len(_code_kinds(case)) > 1 else ""
 
 
-def _recoded(case: Case, kind: str, change) -> np.ndarray | None:
+def _recoded(case: Case, kind: str, change: Callable[..., Any]) -> np.ndarray | None:
     """Return the output with codes changed by change(codes, how many there can be)."""
-    codec = case.format.codec
+    codec = case.fmt.codec
     counts = bit_layout(codec)[kind].counts
 
     def edit(raw: np.ndarray) -> np.ndarray:
@@ -485,25 +489,25 @@ def _field_order(case: Case) -> Iterator[Prediction]:
     """The scales at the other end, or two fields exchanged."""
     if not _packs(case):
         return
-    codec = case.format.codec
-    names = codec.layout.dtype.names
-    orders = {}
+    codec = case.fmt.codec
+    names = codec.layout.dtype.names or ()
+    orders: dict[tuple[str, ...], str] = {}
     first = (*codec.layout.scales, *codec.layout.small_scales)
     scales = [name for name in names if name in first]
     rest = [name for name in names if name not in scales]
     ahead, behind = (*scales, *rest), (*rest, *scales)
     orders[behind if names[0] in scales else ahead] = "scale at the other end"
     for i, j in itertools.combinations(range(len(names)), 2):
-        order = list(names)
-        order[i], order[j] = order[j], order[i]
-        orders.setdefault(tuple(order), f"{names[i]} and {names[j]} exchanged")
+        swapped = list(names)
+        swapped[i], swapped[j] = swapped[j], swapped[i]
+        orders.setdefault(tuple(swapped), f"{names[i]} and {names[j]} exchanged")
     for order, detail in orders.items():
         if order != names:
-            output = _repacked(case, lambda raw, o=order: _reordered(codec, raw, o, case.op))
+            output = _repacked(case, partial(_reordered, codec, order, case.op))
             yield from _some("fields in another order", detail, output)
 
 
-def _reordered(codec: Codec, raw: np.ndarray, order: tuple[str, ...], op: str) -> np.ndarray:
+def _reordered(codec: Codec, order: tuple[str, ...], op: str, raw: np.ndarray) -> np.ndarray:
     """Return blocks as they are written with fields in another order, or as they are read so."""
     columns = [np.arange(raw.shape[1])[codec.layout.span(name)] for name in order]
     places = np.concatenate(columns)
@@ -517,7 +521,7 @@ def _reordered(codec: Codec, raw: np.ndarray, order: tuple[str, ...], op: str) -
 def _scale_elsewhere(case: Case) -> Iterator[Prediction]:
     if not _packs(case) or _encodes(case):
         return
-    codec = case.format.codec
+    codec = case.fmt.codec
     several = len(codec.layout.scales) > 1
     for name in codec.layout.scales:
         span = codec.layout.span(name)
@@ -525,14 +529,14 @@ def _scale_elsewhere(case: Case) -> Iterator[Prediction]:
         for offset in _likely_offsets(codec, size):
             if offset != span.start:
                 source = slice(offset, offset + size)
-                output = _repacked(case, lambda raw, t=span, s=source: _moved(raw, t, s))
+                output = _repacked(case, partial(_moved, span, source))
                 where = f"{name} at byte {offset}" if several else f"at byte {offset}"
                 yield from _some("scale read elsewhere", where, output)
 
 
 def _likely_offsets(codec: Codec, size: int) -> list[int]:
     """Return where a scale might be looked for: anywhere in a small block, else near a field."""
-    starts = [codec.layout.span(name).start for name in codec.layout.dtype.names]
+    starts = [codec.layout.span(name).start for name in codec.layout.dtype.names or ()]
     whole = codec.layout.dtype.itemsize
     edges = [*starts, whole - size]
     small = whole <= SMALL_BLOCK
@@ -540,19 +544,19 @@ def _likely_offsets(codec: Codec, size: int) -> list[int]:
     return [o for o in offsets if small or any(abs(o - edge) <= NEAR_FIELD for edge in edges)]
 
 
-def _moved(raw: np.ndarray, target: slice, source: slice) -> np.ndarray:
+def _moved(target: slice, source: slice, raw: np.ndarray) -> np.ndarray:
     raw[:, target] = raw[:, source].copy()
     return raw
 
 
 def _scale_as_bf16(case: Case) -> Iterator[Prediction]:
-    if not _packs(case) or not case.format.layout.scales:
+    if not _packs(case) or not case.fmt.layout.scales:
         return
-    codec = case.format.codec
+    codec = case.fmt.codec
     if _encodes(case):
         yield from _some("scale as bfloat16", "", _repacked(case, lambda r: _as_bf16(codec, r)))
         return
-    if case.format.sibling or codec.layout.outliers or codec.layout.floats:
+    if case.fmt.sibling or codec.layout.outliers or codec.layout.floats:
         return
     blocks = as_blocks(codec, bodies(codec, case.inputs["packed"]))
     if any(blocks[name].ndim > 1 or blocks[name].itemsize != 2 for name in codec.layout.scales):
@@ -571,7 +575,7 @@ def _with_one_scale(case: Case, blocks: np.ndarray, name: str, place: int) -> np
 
     Values are a sum of what each scale contributes.
     """
-    codec, packed = case.format.codec, case.inputs["packed"]
+    codec, packed = case.fmt.codec, case.inputs["packed"]
     alone = blocks.copy()
     for other in codec.layout.scales:
         alone[other] = 0
@@ -609,9 +613,9 @@ def _float16_input(case: Case) -> Iterator[Prediction]:
 
 def _row_stride(case: Case) -> Iterator[Prediction]:
     """Rows read from where they would be with another stride."""
-    if not _packs(case) or case.format.sibling:
+    if not _packs(case) or case.fmt.sibling:
         return
-    codec = case.format.codec
+    codec = case.fmt.codec
     source = case.inputs["x" if _encodes(case) else "packed"]
     row = source.shape[-1]
     flat, rows = source.reshape(-1), source.size // row
@@ -637,7 +641,7 @@ def _stride_name(codec: Codec, stride: int, row: int, unit: int) -> str:
 
 
 def _graph_rotation(case: Case) -> Iterator[Prediction]:
-    if case.op != "rotation":
+    if case.op != "rotation" or case.rotation is None:
         return
     x, head_dim = case.inputs["x"], case.inputs["x"].shape[-1]
     yield Prediction("not rotated", "", x)
