@@ -33,6 +33,7 @@ from gguf_io.mapped import Mark, find_marked
 from gguf_io.steps import Step, carry_out
 from gguf_io.writer import Fill, Slot, as_bytes
 from tbq import BackendError, InputError
+from tbq.extras import install_command
 
 if TYPE_CHECKING:
     from distributed import Client, Future, LocalCluster, Worker
@@ -70,7 +71,7 @@ def connected(workers: int | None = None, scheduler: str | None = None) -> Itera
     try:
         from distributed import Client
     except ImportError:
-        need = "--workers and --scheduler need it: pip install 'tbq-reference[dask]'"
+        need = f"--workers and --scheduler need it: {install_command('dask')}"
         raise BackendError("dask.distributed", need) from None
     with contextlib.ExitStack() as stack:
         address: str | LocalCluster

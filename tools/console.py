@@ -230,6 +230,11 @@ def workers(args: argparse.Namespace) -> Iterator[Client | None]:
         raise InputError("--scheduler", args.scheduler, "one of --scheduler and --workers")
     from gguf_io.distributed import connected
 
+    with contextlib.suppress(ImportError):
+        import distributed  # noqa: F401 (which sets up its log)
+    # Its threads log what they find closed, some after they were asked to end; what concerns a user
+    # is an error of ours.
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
     with connected(args.workers, args.scheduler) as client:
         yield client
 
