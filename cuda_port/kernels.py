@@ -134,7 +134,7 @@ def _group_decoder(width: int, threads: int, fill: Callable, n_table: int):
             else:
                 fill(packed, first + t, row, lut)
         barrier()
-        store(tile, first, t, y)
+        store(y, first, t, tile)
 
     return decode
 
@@ -169,7 +169,7 @@ def _decoder(width, threads, fields, n, levels, finish, n_table: int):
             for j in range(width):
                 tile[t * pitch + j] = v[j]
         barrier()
-        store(tile, first, t, y)
+        store(y, first, t, tile)
 
     return decode
 
@@ -246,6 +246,6 @@ def _rotator(width: int, threads: int, turn: Callable):
             else:
                 turn(row)
         barrier()
-        store(tile, first, t, y)
+        store(y, first, t, tile)
 
     return rotate

@@ -28,68 +28,56 @@ def turn_of(width: int, threads: int) -> int:
     return min(width, max(AT_ONCE, width // threads))
 
 
+@device
+def _read(flat, at, tile, place):
+    tile[place] = flat[at]
+
+
+@device
+def _write(flat, at, tile, place):
+    flat[at] = tile[place]
+
+
 @cache
 def loader(width: int, threads: int):
     """Return the device function (x, first, t, tile) that all threads call: groups from `first` on.
 
     x: flat float32, of which the groups beyond the end are left out.
     """
-    values, turn = width * threads, turn_of(width, threads)
-    step = turn * threads
-
-    @device
-    def eight(first, x, base, tile, at):
-        for k in range(first, first + 8):
-            place = index(at + k * threads + k * threads // width)
-            tile[place] = x[index(base + k * threads)]
-
-    move = by_eights(turn, eight)
-
-    @device
-    def load(x, first, t, tile):
-        base, at, done = first * width + t, t + t // width, 0
-        if (first + threads) * width <= x.size:
-            while done < width:
-                move(x, base, tile, at)
-                base += step
-                at += step + step // width
-                done += turn
-        else:
-            e = t
-            while e < values and first * width + e < x.size:
-                tile[index(e + e // width)] = x[index(first * width + e)]
-                e += threads
-
-    return load
+    return _mover(width, threads, _read)
 
 
 @cache
 def storer(width: int, threads: int):
-    """Return the device function (tile, first, t, y), likewise, of the other direction."""
+    """Return the device function (y, first, t, tile), likewise, of the other direction."""
+    return _mover(width, threads, _write)
+
+
+def _mover(width: int, threads: int, one):
     values, turn = width * threads, turn_of(width, threads)
     step = turn * threads
 
     @device
-    def eight(first, y, base, tile, at):
+    def eight(first, flat, base, tile, at):
         for k in range(first, first + 8):
             place = index(at + k * threads + k * threads // width)
-            y[index(base + k * threads)] = tile[place]
+            one(flat, index(base + k * threads), tile, place)
 
-    move = by_eights(turn, eight)
+    some = by_eights(turn, eight)
 
     @device
-    def store(tile, first, t, y):
+    def move(flat, first, t, tile):
         base, at, done = first * width + t, t + t // width, 0
-        if (first + threads) * width <= y.size:
+        if (first + threads) * width <= flat.size:
             while done < width:
-                move(y, base, tile, at)
+                some(flat, base, tile, at)
                 base += step
                 at += step + step // width
                 done += turn
         else:
             e = t
-            while e < values and first * width + e < y.size:
-                y[index(first * width + e)] = tile[index(e + e // width)]
+            while e < values and first * width + e < flat.size:
+                one(flat, index(first * width + e), tile, index(e + e // width))
                 e += threads
 
-    return store
+    return move
