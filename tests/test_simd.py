@@ -167,6 +167,12 @@ def _uncached(function):
     return numba.njit(loop)
 
 
+def test_what_a_decorator_was_told_is_in_the_name():
+    """By which kernels are known in the cache that close over it."""
+    names = {lanes.packer(bits, rows)._defn.__qualname__ for bits in (2, 3) for rows in (32, 128)}
+    assert len(names) == 4
+
+
 def test_words_become_rows():
     @on_words
     def expand(words, tables, factor):

@@ -39,11 +39,21 @@ from tbq.families.amesianx import (
     frequencies,
     phase_points,
 )
+from tbq.kernels import lanes
 from tbq.kernels.bitpack import pack
 from tbq.kernels.compile import jit
-from tbq.kernels.lanes import LANES, ONE, ZERO, butterflies, load, store
+from tbq.kernels.lanes import (
+    LANES,
+    ONE,
+    ZERO,
+    butterflies,
+    first_lengths,
+    load,
+    store,
+    transform,
+)
 from tbq.kernels.numerics import load_fp16, store_fp16
-from tbq.kernels.simd import Lanes, Tables, level_table, on_lanes, search_table
+from tbq.kernels.simd import Lanes, level_table, on_lanes, search_table
 
 ZERO_CODE, ONE_CODE = np.int32(0), np.int32(1)
 NONE, DIRECT, PROJECTED = range(3)
@@ -110,24 +120,20 @@ class Reverse(NamedTuple):
     block_bytes: int
 
 
-# --- lanes, 64 values at a time: with constant bounds the compiler makes vectors -----------------
+# --- lanes, a chunk of 64 values at a time -------------------------------------------------------
 
 
 @on_lanes(LANES, times=2, v=32)
 def _chunk_begin(v: Lanes) -> None:
     """Do butterflies of length 1, 2 and 4 over a chunk."""
-    for start in range(0, 32, 8):
-        for i, y in enumerate(butterflies([v[start + i] for i in range(8)])):
-            v[start + i] = y
+    first_lengths(v, lambda j: v[j])
 
 
 @on_lanes(LANES)
 def _chunk_end(v: Lanes) -> None:
     """Do butterflies of length 8, 16 and 32 over a chunk."""
     for j in range(8):
-        own = range(j, WIDTH, 8)
-        for k, y in zip(own, butterflies([v[k] for k in own]), strict=True):
-            v[k] = y
+        transform(v, range(j, WIDTH, 8))
 
 
 @on_lanes(LANES, times=WIDTH // 8, a=8, b=8)
@@ -245,12 +251,7 @@ def chooser(bits: int):
 
     It sets codes to the first cell with v below its upper edge, and s to its centroid.
     """
-
-    @on_lanes(LANES, "edges", "levels", times=WIDTH // 8, v=8, codes=8, s=8)
-    def find(v: Lanes, edges: Tables, levels: Tables, codes: Lanes, s: Lanes) -> None:
-        for i in range(8):
-            codes[i] = -edges.search(bits, v[i], "not <")
-            s[i] = levels.look_up_level(bits, codes[i])
+    find = lanes.chooser(bits, "not <", WIDTH)
 
     @jit
     def choose(v, edges, levels, codes, s):
@@ -272,13 +273,7 @@ def writer(bits: int):
 
     It writes codes (lanes) to groups from start on, in blocks of up to 32 words.
     """
-
-    @on_lanes(LANES, times=WIDTH // 8, codes=8, words=1)
-    def pack_chunk(codes: Lanes, words: Lanes) -> None:
-        word = codes[0]
-        for i in range(1, 8):
-            word = word | codes[i] << bits * i
-        words[0] = word
+    pack_chunk = lanes.packer(bits, WIDTH)
 
     @jit
     def write(codes, start, count, block_bytes, at, words, packed):
@@ -362,11 +357,7 @@ def _residual(v, plan, second):
 @cache
 def _lane_reader(bits: int):
     """Return the loop that sets lanes to the levels of codes that start at a byte of each block."""
-
-    @on_lanes(LANES, "levels", times=WIDTH // 8, words=1, v=8)
-    def expand_chunk(words: Lanes, levels: Tables, v: Lanes) -> None:
-        for i in range(8):
-            v[i] = levels.look_up_level(bits, words[0] >> bits * i)
+    expand_chunk = lanes.expander(bits, WIDTH)
 
     @jit
     def read(packed, start, count, block_bytes, at, levels, words, v):

@@ -31,7 +31,7 @@ from tbq.kernels.lanes import (
     end,
     end_finder,
     end_signed,
-    expander,
+    expander_and_begin,
     fwht,
     give_signs,
     invert,
@@ -159,7 +159,7 @@ def _choosing(bits: int):
 def _quantizer(bits: int, stochastic: bool):
     """Return the encoder; its `choice` is what the codes are chosen by."""
     choose = _drawing(bits) if stochastic else _choosing(bits)
-    expand, store_codes = expander(bits, True), code_storer(bits)
+    expand, store_codes = expander_and_begin(bits), code_storer(bits)
 
     @jit
     def quantize(x, first, row_blocks, signs, choice, levels, packed):
@@ -213,7 +213,7 @@ def _clear_tiny(d, start, count, y):
 
 @cache
 def _dequantizer(bits: int):
-    expand, load_codes = expander(bits, True), code_loader(bits)
+    expand, load_codes = expander_and_begin(bits), code_loader(bits)
 
     @jit
     def dequantize(packed, levels, flip, y):
@@ -282,7 +282,7 @@ def _quantize_alone(x, packed):
 @cache
 def _paired(bits: int):
     """Return the kernels of blocks that borrow the codes of others."""
-    expand, load_codes = expander(bits, True), code_loader(bits)
+    expand, load_codes = expander_and_begin(bits), code_loader(bits)
 
     @jit
     def half_expanded(siblings, start, count, levels, words, v):

@@ -6,14 +6,14 @@ sum and butterfly happens in the order of the C code. Most of what is here is fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 
 import numpy as np
 
 from tbq.families.ktq import SCALE, TINY
 from tbq.kernels.compile import jit
-from tbq.kernels.simd import Lanes, Tables, Vector, on_lanes
+from tbq.kernels.simd import Lanes, Tables, Vector, on_lanes, on_words
 from tbq.kernels.transpose import SIDE, transpose8
 
 QK = 32
@@ -104,11 +104,18 @@ def butterflies(x: Sequence[Vector]) -> list[Vector]:
     return list(x)
 
 
-def _first_half(v: Lanes, values: Callable[[int], Vector]) -> None:
-    """Set v to what values(j) is after butterflies of length 1, 2 and 4."""
-    for g in range(GROUPS):
-        for i, y in enumerate(butterflies([values(8 * g + i) for i in range(8)])):
-            v[8 * g + i] = y
+def transform(v: Lanes, own: Iterable[int], after: Lanes | None = None) -> None:
+    """Set those rows of v to their transform, times the same rows of after."""
+    own = list(own)
+    for k, y in zip(own, butterflies([v[k] for k in own]), strict=True):
+        v[k] = y if after is None else y * after[k]
+
+
+def first_lengths(v: Lanes, values: Callable[[int], Vector]) -> None:
+    """Set 32 rows of v to what values(j) is after butterflies of length 1, 2 and 4."""
+    for start in range(0, 32, 8):
+        for i, y in enumerate(butterflies([values(start + i) for i in range(8)])):
+            v[start + i] = y
 
 
 def _second_half(v: Lanes, j: int) -> list[tuple[int, Vector]]:
@@ -119,13 +126,13 @@ def _second_half(v: Lanes, j: int) -> list[tuple[int, Vector]]:
 
 @on_lanes(LANES)
 def _begin(v: Lanes) -> None:
-    _first_half(v, lambda j: v[j])
+    first_lengths(v, lambda j: v[j])
 
 
 @on_lanes(LANES)
 def begin_signed(v: Lanes, words: Lanes, factor: Lanes) -> None:
     """Multiply by factor, give signs, and do the first half of a transform."""
-    _first_half(v, lambda j: _with_sign(v[j] * factor[0], words[0], j))
+    first_lengths(v, lambda j: _with_sign(v[j] * factor[0], words[0], j))
 
 
 @on_lanes(LANES)
@@ -154,23 +161,40 @@ def fwht(v):
 # --- codes: eight of `bits` each are a word ------------------------------------------------------
 
 
-def _pack(codes: Callable[[int], Vector], bits: int, words: Lanes) -> None:
-    for g in range(GROUPS):
-        word = codes(8 * g)
-        for i in range(1, 8):
-            word = word | codes(8 * g + i) << bits * i
-        words[g] = word
+def joined(parts: Iterable[tuple[int, Vector]]) -> Vector:
+    """Return a word of parts, each shifted to the left by its number of bits."""
+    (shift, word), *others = parts
+    word = word << shift
+    for shift, part in others:
+        word = word | part << shift
+    return word
 
 
 @cache
-def packer(bits: int):
-    """Return pack(codes, words): int32 codes (SIZE,) of so many bits to words (WORDS,)."""
+def packer(bits: int, rows: int = QK):
+    """Return pack(codes, words): int32 codes of so many bits, in so many rows, to words."""
 
-    @on_lanes(LANES)
+    @on_lanes(LANES, times=rows // 8, codes=8, words=1)
     def pack(codes: Lanes, words: Lanes) -> None:
-        _pack(lambda j: codes[j], bits, words)
+        words[0] = joined((bits * i, codes[i]) for i in range(8))
 
     return pack
+
+
+@cache
+def chooser(bits: int, rule: str, rows: int):
+    """Return choose(v, edges, table, codes, s): codes of so many bits by a rule of `Tables.search`.
+
+    edges is a `search_table`; s is set to the entries of the cells in a `level_table`.
+    """
+
+    @on_lanes(LANES, "edges", "table", times=rows // 8, v=8, codes=8, s=8)
+    def choose(v: Lanes, edges: Tables, table: Tables, codes: Lanes, s: Lanes) -> None:
+        for i in range(8):
+            codes[i] = -edges.search(bits, v[i], rule)
+            s[i] = table.look_up_level(bits, codes[i])
+
+    return choose
 
 
 @cache
@@ -209,24 +233,37 @@ def end_finder(bits: int):
 
 
 @cache
-def expander(bits: int, transformed: bool):
-    """Return expand(words, levels, v): lanes v are the levels of words.
+def expander(bits: int, rows: int = QK):
+    """Return expand(words, levels, v): so many rows v are the levels, a `level_table`, of words."""
 
-    levels is a `level_table`; if transformed, the first half of a transform is done too.
-    """
+    @on_lanes(LANES, "levels", times=rows // 8, words=1, v=8)
+    def expand(words: Lanes, levels: Tables, v: Lanes) -> None:
+        for i in range(8):
+            v[i] = levels.look_up_level(bits, words[0] >> bits * i)
+
+    return expand
+
+
+@cache
+def expander_and_begin(bits: int):
+    """Return expand(words, levels, v): `expander`, and the first half of a transform."""
 
     @on_lanes(LANES, "levels")
     def expand(words: Lanes, levels: Tables, v: Lanes) -> None:
         word = [words[g] for g in range(GROUPS)]
+        first_lengths(v, lambda j: levels.look_up_level(bits, word[j // 8] >> bits * (j % 8)))
 
-        def level(j):
-            return levels.look_up_level(bits, word[j // 8] >> bits * (j % 8))
+    return expand
 
-        if transformed:
-            _first_half(v, level)
-        else:
-            for j in range(QK):
-                v[j] = level(j)
+
+@cache
+def word_expander(bits: int):
+    """Return the intrinsic that sets eight values of a row to levels of a word times a factor."""
+
+    @on_words
+    def expand(words, tables, factor):
+        codes = words[0].unsigned_shift(range(0, 8 * bits, bits))
+        return tables[0].look_up_level(bits, codes) * factor
 
     return expand
 

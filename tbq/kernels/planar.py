@@ -5,8 +5,6 @@ Sixteen groups lie side by side, so that the few values that a rotation mixes ar
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
 
 from tbq.codec import RowKernels
@@ -14,8 +12,7 @@ from tbq.families.planar import ROTATIONS, RotatedParts, inverse
 from tbq.kernels import rotated
 from tbq.kernels.compile import jit
 from tbq.kernels.lanes import load, store
-from tbq.kernels.numerics import store_fp16
-from tbq.kernels.rotated import GROUP, LANES, ORDERS, SIZE, SPLIT, STREAM4, WORDS, ZERO, Plan
+from tbq.kernels.rotated import GROUP, LANES, ORDERS, SIZE, SPLIT, STREAM4, ZERO, Plan
 from tbq.kernels.simd import level_table, search_table
 from tbq.nearest import absolute, thresholds
 
@@ -52,48 +49,17 @@ def _turn(v, rotations):
         _turn_fours(v, rotations)
 
 
-@cache
-def _quantizer(kind: int, bits: int, order: int):
-    norms, correct = rotated.norming(order), rotated.correcting(order)
-    choose, write = rotated.chooser(bits, ">"), rotated.writer(kind)
-
-    @jit
-    def quantize(x, plan, rotations, packed):
-        """Quantise x (n, 128) to packed (n, bytes of a block)."""
-        v, s = np.empty(SIZE, np.float32), np.empty(SIZE, np.float32)
-        codes, words = np.empty(SIZE, np.int32), np.empty(WORDS * LANES, np.int32)
-        norm, scratch = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-        kept = np.empty(LANES, np.int32)
-        for start in range(0, x.shape[0], LANES):
-            count = min(LANES, x.shape[0] - start)
-            load(x, start, count, v)
-            norms(v, norm)
-            rotated.normalise(v, norm, plan, scratch, kept)
-            _turn(v, rotations)
-            choose(v, plan.edges, plan.squares, codes, s)
-            correct(norm, s, scratch)
-            write(codes, start, count, plan.places, words, packed)
-            for lane in range(count):
-                store_fp16(norm[lane], packed[start + lane], 0)
-
-    return quantize
+@jit
+def _turn_units(v, norm, plan, factor, kept):
+    """Do what `rotated.turn` does; plan.after is rotations."""
+    rotated.normalise(v, norm, plan, factor, kept)
+    _turn(v, plan.after)
 
 
-@cache
-def _restorer(kind: int):
-    read = rotated.reader(kind)
-
-    @jit
-    def restore(packed, places, scales, table, rotations, y):
-        """Set y (n, 128) to the centroids, rotated, times norm."""
-        v, words = np.empty(SIZE, np.float32), np.zeros(WORDS * LANES, np.int32)
-        for start in range(0, packed.shape[0], LANES):
-            count = min(LANES, packed.shape[0] - start)
-            read(packed, start, count, places, table, words, v)
-            _turn(v, rotations)
-            rotated.store_scaled(v, start, count, packed, scales, y)
-
-    return restore
+@jit
+def _turn_back(v, before, rotations):
+    """Do what `rotated.turn_back` does; there are no signs before rotations."""
+    _turn(v, rotations)
 
 
 @jit
@@ -112,15 +78,14 @@ def _edges(codec: RotatedParts) -> np.ndarray:
     return np.nextafter(limits, np.float32(-np.inf))
 
 
-def _plan(codec: RotatedParts) -> Plan:
-    ones = np.ones(GROUP, np.float32)
+def _plan(codec: RotatedParts, rotations: np.ndarray) -> Plan:
     plan = {
         "divides": False,
         "floor": ZERO,
         "corrected": True,
         "clears_nan": False,
-        "before": rotated.in_lanes(ones),
-        "after": rotated.in_lanes(ones),
+        "before": rotated.in_lanes(np.ones(GROUP, np.float32)),
+        "after": rotations,
         "scales": rotated.scale_places(codec),
         "places": rotated.stored(codec, *codec.layout.codes),
         "zeros": rotated.zero_places(codec),
@@ -134,20 +99,21 @@ def kernels(codec: RotatedParts) -> RowKernels:
     misread = codec.transposed or codec.apart or codec.mirrored
     if misread or not codec.rotated or not codec.corrected:
         raise NotImplementedError("kernels rotate forward and correct norms; others are mutants")
-    size, plan = codec.block_bytes, _plan(codec)
-    kind = SPLIT if codec.cells.bits == 3 else STREAM4
-    table = level_table(codec.cells.levels)
-    encode = _quantizer(kind, codec.cells.bits, ORDERS[codec.total])
-    read, decode = rotated.leveller(kind), _restorer(kind)
     forward = np.ascontiguousarray(ROTATIONS[codec.kind])
     back = np.ascontiguousarray(inverse(forward))
+    size, plan = codec.block_bytes, _plan(codec, forward)
+    kind = SPLIT if codec.cells.bits == 3 else STREAM4
+    table = level_table(codec.cells.levels)
+    order = ORDERS[codec.total]
+    encode = rotated.quantizer(kind, codec.cells.bits, ">", order, _turn_units)
+    read, decode = rotated.leveller(kind), rotated.restorer(kind, _turn_back)
 
     def quantize(x, packed, first):
-        encode(x.reshape(-1, GROUP), plan, forward, packed.reshape(-1, size))
+        encode(x.reshape(-1, GROUP), plan, packed.reshape(-1, size))
 
     def dequantize(packed, y):
         blocks, values = packed.reshape(-1, size), y.reshape(-1, GROUP)
-        decode(blocks, plan.places, plan.scales, table, back, values)
+        decode(blocks, plan.places, plan.scales, table, plan.before, back, values)
 
     def levels(packed, y):
         blocks, values = packed.reshape(-1, size), y.reshape(-1, GROUP)

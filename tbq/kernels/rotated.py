@@ -21,7 +21,17 @@ import numpy as np
 from tbq.cells import Cells
 from tbq.codec import Codec
 from tbq.kernels.compile import jit
-from tbq.kernels.lanes import butterflies, load, store
+from tbq.kernels.lanes import (
+    chooser,
+    expander,
+    first_lengths,
+    joined,
+    load,
+    packer,
+    store,
+    transform,
+    word_expander,
+)
 from tbq.kernels.numerics import load_fp16, store_fp16
 from tbq.kernels.simd import (
     Lanes,
@@ -56,7 +66,7 @@ class Plan(NamedTuple):
         corrected: whether the norm is divided by that of the centroids.
         clears_nan: whether a norm that is NaN turns the values to zeros.
         before: float32 (SIZE,), signs before the transform, each for all lanes.
-        after: the same, factors behind it.
+        after: the same, factors behind it; or what another transform needs.
         edges: boundaries between cells, a `search_table`.
         squares: of the centroids, a `level_table`.
         scales, places, zeros: where in a group the norms, bytes of codes and zeros are stored.
@@ -171,40 +181,29 @@ def correcting(order: int):
     return correct
 
 
-def _begin(v: Lanes, values: Callable[[int], Vector]) -> None:
-    """Set 32 rows of v to what values(j) is after butterflies of length 1, 2 and 4."""
-    for start in range(0, 32, 8):
-        for i, y in enumerate(butterflies([values(start + i) for i in range(8)])):
-            v[start + i] = y
-
-
 @on_lanes(LANES, times=4, v=32)
 def _begin_alone(v: Lanes) -> None:
-    _begin(v, lambda j: v[j])
+    first_lengths(v, lambda j: v[j])
 
 
 @on_lanes(LANES, times=4, v=32, before=32)
 def begin_times(v: Lanes, before: Lanes) -> None:
     """Multiply v by before (SIZE,), and do butterflies of length 1, 2 and 4."""
-    _begin(v, lambda j: v[j] * before[j])
+    first_lengths(v, lambda j: v[j] * before[j])
 
 
 @on_lanes(LANES, times=4, v=32)
 def _middle(v: Lanes) -> None:
     """Do butterflies of length 8 and 16."""
     for j in range(8):
-        own = range(j, 32, 8)
-        for k, y in zip(own, butterflies([v[k] for k in own]), strict=True):
-            v[k] = y
+        transform(v, range(j, 32, 8))
 
 
 @on_lanes(LANES, times=4, v=8, after=8)
 def _end(v: Lanes, after: Lanes) -> None:
     """Do butterflies of length 32 and 64, and multiply by after."""
     for j in range(8):
-        own = range(j, GROUP, 32)
-        for k, y in zip(own, butterflies([v[k] for k in own]), strict=True):
-            v[k] = y * after[k]
+        transform(v, range(j, GROUP, 32), after)
 
 
 @jit
@@ -252,12 +251,12 @@ def _divide(v: Lanes, divisor: Lanes, signs: Lanes, kept: Lanes) -> None:
 
 @on_lanes(LANES, times=4, v=32, signs=32)
 def _begin_multiplied(v: Lanes, factor: Lanes, signs: Lanes, kept: Lanes) -> None:
-    _begin(v, lambda j: _multiplied(v, factor, signs, kept, j))
+    first_lengths(v, lambda j: _multiplied(v, factor, signs, kept, j))
 
 
 @on_lanes(LANES, times=4, v=32, signs=32)
 def _begin_divided(v: Lanes, divisor: Lanes, signs: Lanes, kept: Lanes) -> None:
-    _begin(v, lambda j: _divided(v, divisor, signs, kept, j))
+    first_lengths(v, lambda j: _divided(v, divisor, signs, kept, j))
 
 
 @jit
@@ -295,20 +294,11 @@ def turn(v, norm, plan, factor, kept):
     end(v, plan.after)
 
 
-@cache
-def chooser(bits: int, rule: str):
-    """Return choose(v, edges, table, codes, s): codes of so many bits by a rule of `Tables.search`.
-
-    edges is a `search_table`; s is set to the entries of the cells in a `level_table`.
-    """
-
-    @on_lanes(LANES, "edges", "table", times=GROUP // 8, v=8, codes=8, s=8)
-    def choose(v: Lanes, edges: Tables, table: Tables, codes: Lanes, s: Lanes) -> None:
-        for j in range(8):
-            codes[j] = -edges.search(bits, v[j], rule)
-            s[j] = table.look_up_level(bits, codes[j])
-
-    return choose
+@jit
+def turn_back(v, before, after):
+    """Multiply lanes v by before (SIZE,), transform them, and multiply them by after."""
+    begin_times(v, before)
+    end(v, after)
 
 
 @jit
@@ -318,8 +308,7 @@ def rotate(x, before, after):
     for start in range(0, x.shape[0], LANES):
         count = min(LANES, x.shape[0] - start)
         load(x, start, count, v)
-        begin_times(v, before)
-        end(v, after)
+        turn_back(v, before, after)
         store(v, start, count, x)
 
 
@@ -331,37 +320,31 @@ STREAMS = {2: STREAM2, 3: STREAM3, 4: STREAM4}
 BYTES = {STREAM2: 2, STREAM3: 3, STREAM4: 4, SPLIT: 3, OVERWRITTEN: 3}
 
 
-def _word(code: Callable[[int], Vector], kind: int) -> Vector:
-    """Return the word of eight codes."""
-    if kind == OVERWRITTEN:  # what Excidos' packer makes of eight 3-bit codes
-        shifts = [(0, code(0)), (3, code(1)), (6, code(2)), *((0, code(i)) for i in range(3, 8))]
-        return _join(shifts) & 255
-    if kind == SPLIT:  # low bits, then third bits
-        low = _join([(2 * i, code(i) & 3) for i in range(8)])
-        return low | _join([(16 + i, code(i) >> 2) for i in range(8)])
-    return _join([(BYTES[kind] * i, code(i)) for i in range(8)])
+@on_lanes(LANES, times=WORDS, codes=8, words=1)
+def _pack_split(codes: Lanes, words: Lanes) -> None:
+    """Pack low bits, then third bits, of 3-bit codes."""
+    low = joined((2 * i, codes[i] & 3) for i in range(8))
+    words[0] = low | joined((16 + i, codes[i] >> 2) for i in range(8))
 
 
-def _join(parts: list[tuple[int, Vector]]) -> Vector:
-    word = parts[0][1] << parts[0][0]
-    for shift, part in parts[1:]:
-        word = word | part << shift
-    return word
+@on_lanes(LANES, times=WORDS, codes=8, words=1)
+def _pack_overwritten(codes: Lanes, words: Lanes) -> None:
+    """Pack as Excidos' packer does: later 3-bit codes fall on the first byte."""
+    shifts = [0, 3, 6, 0, 0, 0, 0, 0]
+    words[0] = joined((shift, codes[i]) for i, shift in enumerate(shifts)) & 255
 
 
-def _code(word: Vector, i: int, kind: int) -> Vector:
-    """Return code i of a word, above which are others."""
-    if kind == SPLIT:
-        return word >> 2 * i & 3 | (word >> 16 + i & 1) << 2
-    return word >> BYTES[kind] * i
+@on_lanes(LANES, "levels", times=WORDS, words=1, v=8)
+def _expand_split(words: Lanes, levels: Tables, v: Lanes) -> None:
+    for i in range(8):
+        code = words[0] >> 2 * i & 3 | (words[0] >> 16 + i & 1) << 2
+        v[i] = levels.look_up_level(3, code)
 
 
-def _codes(word: Vector, kind: int) -> Vector:
-    """Return the eight codes of a word that is the same in all lanes."""
-    if kind == SPLIT:
-        low, high = word.unsigned_shift(range(0, 16, 2)), word.unsigned_shift(range(16, 24))
-        return low & 3 | (high & 1) << 2
-    return word.unsigned_shift(range(0, 8 * BYTES[kind], BYTES[kind]))
+@on_words
+def _expand_split_word(words, tables, factor):
+    low, high = words[0].unsigned_shift(range(0, 16, 2)), words[0].unsigned_shift(range(16, 24))
+    return tables[0].look_up_level(3, low & 3 | (high & 1) << 2) * factor
 
 
 @cache
@@ -369,9 +352,8 @@ def writer(kind: int):
     """Return write(codes, start, count, places, words, packed): lanes to groups from start on."""
     bits = BYTES[kind]
 
-    @on_lanes(LANES, times=WORDS, codes=8, words=1)
-    def pack(codes: Lanes, words: Lanes) -> None:
-        words[0] = _word(lambda i: codes[i], kind)
+    own = {SPLIT: _pack_split, OVERWRITTEN: _pack_overwritten}
+    pack = own.get(kind) or packer(bits, GROUP)
 
     @jit
     def write(codes, start, count, places, words, packed):
@@ -394,10 +376,7 @@ def reader(kind: int):
     """
     bits = BYTES[kind]
 
-    @on_lanes(LANES, "levels", times=WORDS, words=1, v=8)
-    def expand(words: Lanes, levels: Tables, v: Lanes) -> None:
-        for i in range(8):
-            v[i] = levels.look_up_level(bits, _code(words[0], i, kind))
+    expand = _expand_split if kind == SPLIT else expander(bits, GROUP)
 
     @jit
     def read(packed, start, count, places, levels, words, v):
@@ -421,9 +400,7 @@ def row_reader(kind: int):
     """
     bits = BYTES[kind]
 
-    @on_words
-    def expand_word(words, tables, factor):
-        return tables[0].look_up_level(bits, _codes(words[0], kind)) * factor
+    expand_word = _expand_split_word if kind == SPLIT else word_expander(bits)
 
     @jit
     def read_row(block, places, levels, first, count, factor, y, at):
@@ -442,11 +419,7 @@ def code_reader(bits: int):
 
     out, contiguous, is set to levels, a `level_table`, times a factor.
     """
-
-    @on_words
-    def expand_word(words, tables, factor):
-        codes = words[0].unsigned_shift(range(0, 8 * bits, bits))
-        return tables[0].look_up_level(bits, codes) * factor
+    expand_word = word_expander(bits)
 
     @jit
     def read_codes(data, levels, factor, out):
@@ -463,10 +436,13 @@ def code_reader(bits: int):
 
 
 @cache
-def quantizer(kind: int, bits: int, rule: str, order: int):
-    """Return quantize(x, plan, packed) of x (n, 128) to packed (n, bytes of a group)."""
+def quantizer(kind: int, bits: int, rule: str, order: int, turning=turn):
+    """Return quantize(x, plan, packed) of x (n, 128) to packed (n, bytes of a group).
+
+    turning: a kernel that does what `turn` does, with other rotations.
+    """
     norms, correct = norming(order), correcting(order)
-    choose, write = chooser(bits, rule), writer(kind)
+    choose, write = chooser(bits, rule, GROUP), writer(kind)
 
     @jit
     def quantize(x, plan, packed):
@@ -478,7 +454,7 @@ def quantizer(kind: int, bits: int, rule: str, order: int):
             count = min(LANES, x.shape[0] - start)
             load(x, start, count, v)
             norms(v, norm)
-            turn(v, norm, plan, scratch, kept)
+            turning(v, norm, plan, scratch, kept)
             choose(v, plan.edges, plan.squares, codes, s)
             if plan.corrected:
                 correct(norm, s, scratch)
@@ -523,7 +499,7 @@ def store_scaled(v, start, count, packed, scales, y):
 
 
 @cache
-def restorer(kind: int):
+def restorer(kind: int, turning=turn_back):
     """Return restore(packed, places, scales, table, before, after, y).
 
     It sets y (n, 128) to the centroids, rotated back, times norm.
@@ -536,8 +512,7 @@ def restorer(kind: int):
         for start in range(0, packed.shape[0], LANES):
             count = min(LANES, packed.shape[0] - start)
             read(packed, start, count, places, table, words, v)
-            begin_times(v, before)
-            end(v, after)
+            turning(v, before, after)
             store_scaled(v, start, count, packed, scales, y)
 
     return restore
@@ -550,6 +525,5 @@ def rotate_and_scale(packed, scales, before, after, y):
     for start in range(0, packed.shape[0], LANES):
         count = min(LANES, packed.shape[0] - start)
         load(y, start, count, v)
-        begin_times(v, before)
-        end(v, after)
+        turn_back(v, before, after)
         store_scaled(v, start, count, packed, scales, y)

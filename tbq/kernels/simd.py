@@ -8,6 +8,7 @@ scalar code would.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -293,24 +294,28 @@ def on_lanes(lanes: int, *tables: str, times: int = 1, **rows: int) -> Callable:
 
             return types.void(*arrays), generate
 
-        return _with_parameters(typing, names, function)
+        return _with_parameters(typing, names, function, (lanes, tables, times, rows))
 
     return decorate
 
 
-def _with_parameters(typing: Callable, names: tuple[str, ...], function: Callable):
+def _with_parameters(typing: Callable, names: tuple[str, ...], function: Callable, told: tuple):
     """Return an intrinsic: Numba looks at the names of parameters, so they must be spelt out."""
     scope = {"typing": typing}
     listed = ", ".join(names)
     exec(f"def made(context, {listed}):\n    return typing(context, {listed})", scope)
     made = scope["made"]
     made.__doc__, made.__module__ = function.__doc__, function.__module__
-    return _named(made, function)
+    return _named(made, function, told)
 
 
-def _named(made: Callable, function: Callable):
-    """Return an intrinsic whose name tells it from others that the same code makes."""
-    made.__name__ = made.__qualname__ = function.__name__ + closure_tag(function)
+def _named(made: Callable, function: Callable, told: tuple = ()):
+    """Return an intrinsic whose name tells it from others that the same code makes.
+
+    Kernels know it by that name: what the function closes over is in it, and what else was told.
+    """
+    tag = "_" + hashlib.sha256(repr(told).encode()).hexdigest()[:12] if told else ""
+    made.__name__ = made.__qualname__ = function.__name__ + closure_tag(function) + tag
     return intrinsic(made)
 
 

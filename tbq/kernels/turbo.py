@@ -21,6 +21,7 @@ from tbq.families.turbo import (
 )
 from tbq.kernels import rotated
 from tbq.kernels.compile import jit
+from tbq.kernels.lanes import chooser, load
 from tbq.kernels.numerics import load_fp16, store_fp16
 from tbq.kernels.rotated import (
     GROUP,
@@ -154,7 +155,7 @@ def _grid_quantizer(order: int):
         inverse, codes = np.empty(LANES, np.float32), np.empty(SIZE, np.int32)
         for start in range(0, x.shape[0], LANES):
             count = min(LANES, x.shape[0] - start)
-            rotated.load(x, start, count, v)
+            load(x, start, count, v)
             norms(v, norm)
             rotated.turn(v, norm, plan, peak, kept)
             peak[:] = TINY
@@ -218,7 +219,7 @@ def _grid(codec: RotatedGrid) -> RowKernels:
 
 
 _norms, _correct = rotated.norming(ORDERED), rotated.correcting(ORDERED)
-_choose, _write = rotated.chooser(3, UPWARD), rotated.writer(STREAM3)
+_choose, _write = chooser(3, UPWARD, GROUP), rotated.writer(STREAM3)
 _read_row, _read_signs = rotated.row_reader(STREAM3), rotated.code_reader(1)
 
 
@@ -232,7 +233,7 @@ def _quantize_residual(x, plan, table, before, after, packed):
     rnorm, kept = np.empty(LANES, np.float32), np.empty(LANES, np.int32)
     for start in range(0, x.shape[0], LANES):
         count = min(LANES, x.shape[0] - start)
-        rotated.load(x, start, count, v)
+        load(x, start, count, v)
         _norms(v, norm)
         rotated.normalise(v, norm, plan, scratch, kept)
         for k in range(SIZE):

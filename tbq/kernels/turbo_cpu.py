@@ -18,7 +18,7 @@ from tbq.codec import RowKernels
 from tbq.families.turbo_cpu import EDGES, GROUP, LEVELS, DenseCells, matrix
 from tbq.kernels.compile import jit
 from tbq.kernels.dense import tiles
-from tbq.kernels.lanes import load
+from tbq.kernels.lanes import chooser, load
 from tbq.kernels.numerics import load_fp16, store_fp16
 from tbq.kernels.pr21089 import PAIR, rotate_pair
 from tbq.kernels.rotated import (
@@ -30,14 +30,13 @@ from tbq.kernels.rotated import (
     TINY,
     ZERO,
     ZERO_CODE,
-    chooser,
     correcting,
     norming,
 )
 from tbq.kernels.simd import level_table, search_table
 
 _norms, _divide_by_root = norming(ORDERS["ordered"]), correcting(ORDERS["ordered"])
-_choose4 = chooser(4, "not <")
+_choose4 = chooser(4, "not <", GROUP)
 STEPS = 1024
 STEP_SCALE, STEP_ORIGIN = np.float32(1500.0), np.float32(STEPS / 2)
 LAST_STEP = np.float32(STEPS - 1)

@@ -10,7 +10,7 @@ from tbq.codec import Codec, RowKernels
 from tbq.families.vllm import HEAD, K128, LEAST_SCALE, LEAST_SQUARE, TINY, StepValues, UnitKeys
 from tbq.kernels import rotated
 from tbq.kernels.compile import jit
-from tbq.kernels.lanes import load
+from tbq.kernels.lanes import chooser, load
 from tbq.kernels.numerics import load_fp16, store_fp16
 from tbq.kernels.rotated import LANES, ONE, SIZE, STREAMS, WORDS, ZERO
 from tbq.kernels.simd import level_table, search_table
@@ -43,7 +43,7 @@ def _divide(v, divisor):
 
 @cache
 def _key_quantizer(bits: int):
-    choose, write = rotated.chooser(bits, ">"), rotated.writer(STREAMS[bits])
+    choose, write = chooser(bits, ">", HEAD), rotated.writer(STREAMS[bits])
 
     @jit
     def quantize(x, places, edges, table, factors, packed):

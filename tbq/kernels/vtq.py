@@ -27,6 +27,7 @@ from tbq.kernels.lanes import (
     norms,
     store_half,
     store_word,
+    word_expander,
 )
 from tbq.kernels.numerics import load_fp16
 from tbq.kernels.simd import Lanes, Tables, level_table, on_lanes, on_words, search_table
@@ -35,7 +36,7 @@ from tbq.nearest import absolute, squared, thresholds
 
 @cache
 def _quantizer(bits: int):
-    find, expand, store_codes = finder(bits), expander(bits, False), code_storer(bits)
+    find, expand, store_codes = finder(bits), expander(bits), code_storer(bits)
 
     @jit
     def quantize(x, limits, levels, packed):
@@ -66,12 +67,7 @@ def _quantizer(bits: int):
 
 @cache
 def _dequantizer(bits: int):
-    @on_words
-    def expand(words, tables, factor):
-        return (
-            tables[0].look_up_level(bits, words[0].unsigned_shift(range(0, 8 * bits, bits)))
-            * factor
-        )
+    expand = word_expander(bits)
 
     @jit
     def dequantize(packed, levels, y):
